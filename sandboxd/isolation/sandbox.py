@@ -1,0 +1,234 @@
+"""The child's side: from a forked launcher to a program in its own sandbox.
+
+Runs as pid 1 of a fresh pid namespace, still with the launcher's privileges, and in this order:
+leave the shared namespaces, copy the mounts that the spec names, build a new root in memory and
+pivot into it, give up every privilege inside a second user namespace that owns nothing, fork the
+program, and stay as its init. The mount, pid, ipc, uts, cgroup and network namespaces belong to
+the *outer* user namespace, so a process in here can't regain power over them (user_namespaces(7)).
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import signal
+import termios
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sandboxd.errors import KernelError, SandboxdError
+from sandboxd.isolation import kernel
+from sandboxd.isolation.root import Root
+from sandboxd.isolation.wire import MAX_SPEC, Frame, Kind, LaunchSpec, Limits, decode_spec, failed
+
+__all__ = ["INSIDE_ID", "enter"]
+
+#: The user and group id that every sandboxed program sees as its own.
+INSIDE_ID = 1000
+
+_NAMESPACES = (
+    kernel.CLONE_NEWNS
+    | kernel.CLONE_NEWIPC
+    | kernel.CLONE_NEWUTS
+    | kernel.CLONE_NEWCGROUP
+    | kernel.CLONE_NEWNET
+)
+_FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+    signal.SIGCONT,
+)
+
+
+def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> NoReturn:
+    """Become the sandbox described by the memfd ``fds[0]``. Never returns.
+
+    ``fds[1:4]`` are the program's standard streams, the rest its extra descriptors. Progress goes
+    to the pipe ``report`` as frames: STARTED once the program runs or FAILED, then EXITED.
+    """
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        kernel.set_dumpable(False)
+        spec = _read_spec(fds[0])
+        _keep_only([report, *fds[1:]])
+        program = _start(spec, fds[1:], privileged=privileged)
+        _send(report, Frame(Kind.STARTED, number))
+        _keep_only([report])
+        _be_init(number, program, report)
+    except SandboxdError as failure:
+        _send(report, failed(number, failure))
+    except BaseException as failure:  # the last frame of this process: nobody else can report it
+        code = failure.errno if isinstance(failure, OSError) and failure.errno else errno.EINVAL
+        # Only the class and the file: an exception's text may quote what it choked on.
+        path = failure.filename if isinstance(failure, OSError) else None
+        where = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
+        text = f"setup\t{type(failure).__name__} {where}".rstrip()
+        _send(report, Frame(Kind.FAILED, number, code, text=text))
+    os._exit(125)
+
+
+def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
+    """Build the sandbox around this process and start the program in it. Returns its pid."""
+    uid = spec.uid if privileged else os.geteuid()
+    network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
+    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
+    kernel.sethostname(spec.hostname)
+    kernel.join_new_keyring()
+    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged)
+    sysctl = root.build()
+    root.pivot()
+    _give_up_privileges(uid, sysctl, privileged=privileged)
+    try:
+        os.chdir(spec.cwd)
+    except OSError as failure:
+        raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
+    return _spawn(spec, streams)
+
+
+def _give_up_privileges(uid: int, sysctl: int, *, privileged: bool) -> None:
+    """Become an ordinary user that no program can make more of."""
+    if privileged:
+        os.setgroups([])
+        # Keeping capabilities across the change of uid lets a host that denies user namespaces
+        # to ordinary users (sysctl, AppArmor) still give us this one.
+        kernel.set_keep_capabilities(True)
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        kernel.set_effective_capabilities()
+    gid = os.getegid()
+    kernel.unshare(kernel.CLONE_NEWUSER)
+    # A process that isn't dumpable finds its own /proc/self owned by root (proc(5)).
+    kernel.set_dumpable(True)
+    _write("/proc/self/setgroups", b"deny")
+    _write("/proc/self/uid_map", b"%d %d 1" % (INSIDE_ID, uid))
+    _write("/proc/self/gid_map", b"%d %d 1" % (INSIDE_ID, gid))
+    kernel.set_dumpable(False)
+    # No user namespace below this one: each would hand out capabilities over new attack surface.
+    _write("user/max_user_namespaces", b"0", directory=sysctl)
+    os.close(sysctl)
+    kernel.no_new_privileges()
+    kernel.drop_capabilities()
+
+
+def _spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
+    """Fork and execve(2) the program; its pid once it runs, KernelError if it can't."""
+    result, done = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        # Above every target number, so that placing the streams does not overwrite it.
+        done = fcntl.fcntl(done, fcntl.F_DUPFD_CLOEXEC, 256)
+        try:
+            _exec(spec, streams, done)
+        except OSError as failure:
+            os.write(done, (failure.errno or errno.EINVAL).to_bytes(4, "big"))
+        except BaseException:
+            os.write(done, errno.EINVAL.to_bytes(4, "big"))
+        os._exit(127)
+    os.close(done)
+    failed = os.read(result, 4)
+    os.close(result)
+    if failed:
+        os.waitpid(pid, 0)
+        raise KernelError("execve", int.from_bytes(failed, "big"), os.fsdecode(spec.argv[0]))
+    return pid
+
+
+def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
+    os.setsid()
+    targets = (0, 1, 2, *spec.extra_fds)
+    # Two steps, so that no target number overwrites a source that is still to be placed.
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 256) for fd in streams]
+    for fd, target in zip(high, targets, strict=True):
+        os.dup2(fd, target, inheritable=True)
+    _keep_only([*targets, done])
+    if spec.tty:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    _limit(spec.limits)
+    os.umask(0o022)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.execve(spec.argv[0], spec.argv, dict(spec.env))
+
+
+def _limit(limits: Limits) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, value in (
+        (resource.RLIMIT_AS, limits.address_space),
+        (resource.RLIMIT_NPROC, limits.processes),
+        (resource.RLIMIT_NOFILE, limits.open_files),
+        (resource.RLIMIT_FSIZE, limits.file_size),
+        (resource.RLIMIT_CPU, limits.cpu_seconds),
+    ):
+        if value:
+            _, hard = resource.getrlimit(kind)
+            if hard != resource.RLIM_INFINITY:
+                value = min(value, hard)
+            resource.setrlimit(kind, (value, value))
+
+
+def _be_init(number: int, program: int, report: int) -> NoReturn:
+    """Reap, pass signals on, and end with the program: the kernel then kills the whole tree."""
+    signals = {signal.SIGCHLD, *_FORWARDED}
+    while True:
+        received = signal.sigwaitinfo(signals).si_signo
+        if received != signal.SIGCHLD:
+            os.kill(program, received)
+            continue
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == program:
+                used = resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu = int((used.ru_utime + used.ru_stime) * 1e6)
+                _send(report, Frame(Kind.EXITED, number, status, cpu, used.ru_maxrss))
+                os._exit(0)
+            if pid == 0:
+                break
+
+
+def _read_spec(fd: int) -> LaunchSpec:
+    size = os.fstat(fd).st_size
+    if size > MAX_SPEC:
+        raise KernelError("read", errno.EMSGSIZE, "launch spec")
+    data = os.pread(fd, size, 0)
+    return decode_spec(data)
+
+
+def _keep_only(wanted: Sequence[int]) -> None:
+    """Close every descriptor that is not in ``wanted``."""
+    start = 0
+    for fd in sorted(set(wanted)):
+        if start < fd:  # closerange(0, 0) closes everything: it asks for 0 to UINT_MAX
+            os.closerange(start, fd)
+        start = fd + 1
+    os.closerange(start, max(65536, start))
+
+
+def _send(report: int, frame: Frame) -> None:
+    try:
+        os.write(report, frame.pack())
+    except OSError:
+        os._exit(125)  # the launcher is gone, and this namespace with it
+
+
+def _write(path: str, data: bytes, *, directory: int | None = None) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+    except OSError as failure:
+        raise KernelError("write", failure.errno or 0, path) from None

@@ -1,0 +1,276 @@
+"""What the broker and the launcher say to each other.
+
+Frames have one fixed size and travel over a SOCK_SEQPACKET pair (unix(7)), so that a frame is
+whole or absent. A LAUNCH frame carries descriptors by SCM_RIGHTS: first a sealed memfd that holds
+the encoded :class:`LaunchSpec`, then the program's standard input, output and error, then any
+extra ones. The launcher itself never reads the memfd; the forked child does. So the launcher's
+memory never holds a secret that a later sandbox could inherit.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass, field
+
+from sandboxd.errors import KernelError, SandboxdError
+
+__all__ = [
+    "FRAME",
+    "FileSpec",
+    "Frame",
+    "Kind",
+    "LaunchSpec",
+    "Limits",
+    "MountSpec",
+    "decode_spec",
+    "encode_spec",
+    "failed",
+    "sealed_memfd",
+]
+
+#: magic, kind, sandbox number, three signed operands, a short text (system call and path).
+FRAME = struct.Struct("!4sBxxxQqqq192s")
+MAGIC = b"SBX1"
+MAX_FDS = 16
+MAX_SPEC = 16 << 20
+
+
+class Kind(enum.IntEnum):
+    """Frame kinds. Requests are below 16, reports from 16 on."""
+
+    LAUNCH = 1  # operands: number of descriptors
+    SIGNAL = 2  # operands: signal number, for the program
+    KILL = 3  # the whole tree, at once
+    READY = 16  # operands: 1 when privileged, else 0
+    STARTED = 17  # descriptor: pidfd of the sandbox's init
+    FAILED = 18  # operands: errno; text: system call and path
+    EXITED = 19  # operands: wait status, cpu microseconds, peak resident KiB
+
+
+@dataclass(frozen=True)
+class Frame:
+    kind: Kind
+    number: int
+    a: int = 0
+    b: int = 0
+    c: int = 0
+    text: str = ""
+
+    def pack(self) -> bytes:
+        raw = self.text.encode("utf-8", "surrogateescape")[:191]
+        return FRAME.pack(MAGIC, self.kind, self.number, self.a, self.b, self.c, raw)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Frame:
+        """The frame in ``data``; ValueError unless it is exactly one well-formed frame."""
+        if len(data) != FRAME.size:
+            raise ValueError(f"a frame has {FRAME.size} bytes, got {len(data)}")
+        magic, kind, number, a, b, c, raw = FRAME.unpack(data)
+        if magic != MAGIC:
+            raise ValueError("not a launcher frame")
+        text = raw.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        return cls(Kind(kind), number, a, b, c, text)
+
+
+@dataclass(frozen=True)
+class MountSpec:
+    """One bind mount: host ``source`` appears at ``target``, always nosuid and nodev.
+
+    ``idmap`` makes the source's owner appear as the sandbox's user, so that files keep their
+    owner on disk (mount_setattr(2), MOUNT_ATTR_IDMAP; privileged launcher only: without
+    privileges both are the same user anyway).
+    """
+
+    source: str
+    target: str
+    readonly: bool = True
+    noexec: bool = False
+    idmap: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """A file made in the sandbox's private memory, owned by its user."""
+
+    path: str
+    content: bytes = field(repr=False)
+    mode: int = 0o400
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resource limits of the program (setrlimit(2)); 0 leaves the inherited one. Bytes, seconds."""
+
+    address_space: int = 0
+    processes: int = 0
+    open_files: int = 1024
+    file_size: int = 0
+    cpu_seconds: int = 0
+    tmp_size: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """Everything that one sandbox is. Strings are host or sandbox paths, bytes are opaque."""
+
+    id: str
+    argv: tuple[bytes, ...] = field(repr=False)
+    env: tuple[tuple[bytes, bytes], ...] = field(repr=False)
+    uid: int
+    cwd: str = "/"
+    network: str = "none"  # or "host"
+    hostname: str = "sandbox"
+    user: str = "agent"
+    tty: bool = False
+    mounts: tuple[MountSpec, ...] = ()
+    files: tuple[FileSpec, ...] = field(default=(), repr=False)
+    extra_fds: tuple[int, ...] = ()
+    limits: Limits = Limits()
+
+
+def failed(number: int, failure: SandboxdError) -> Frame:
+    """The FAILED frame that tells ``failure``: its errno, system call and path."""
+    if isinstance(failure, KernelError):
+        text = f"{failure.syscall}\t{failure.path}"
+        return Frame(Kind.FAILED, number, failure.errno, text=text)
+    return Frame(Kind.FAILED, number, errno.EINVAL, text=f"setup\t{failure.message}")
+
+
+def encode_spec(spec: LaunchSpec) -> bytes:
+    """The bytes of ``spec``: length-prefixed fields in declaration order."""
+    out = _Writer()
+    out.text(spec.id)
+    out.number(len(spec.argv))
+    for argument in spec.argv:
+        out.blob(argument)
+    out.number(len(spec.env))
+    for name, value in spec.env:
+        out.blob(name)
+        out.blob(value)
+    out.number(spec.uid)
+    for text in (spec.cwd, spec.network, spec.hostname, spec.user):
+        out.text(text)
+    out.number(spec.tty)
+    out.number(len(spec.mounts))
+    for mount in spec.mounts:
+        _put_mount(out, mount)
+    out.number(len(spec.files))
+    for file in spec.files:
+        out.text(file.path)
+        out.blob(file.content)
+        out.number(file.mode)
+    out.number(len(spec.extra_fds))
+    for fd in spec.extra_fds:
+        out.number(fd)
+    for limit in _LIMIT_FIELDS:
+        out.number(getattr(spec.limits, limit))
+    return bytes(out.data)
+
+
+def decode_spec(data: bytes) -> LaunchSpec:
+    """The spec in ``data``; ValueError when it is cut short or has bytes left over."""
+    read = _Reader(data)
+    spec = LaunchSpec(
+        id=read.text(),
+        argv=tuple(read.blob() for _ in range(read.number())),
+        env=tuple((read.blob(), read.blob()) for _ in range(read.number())),
+        uid=read.number(),
+        cwd=read.text(),
+        network=read.text(),
+        hostname=read.text(),
+        user=read.text(),
+        tty=bool(read.number()),
+        mounts=tuple(_get_mount(read) for _ in range(read.number())),
+        files=tuple(
+            FileSpec(read.text(), read.blob(), read.number()) for _ in range(read.number())
+        ),
+        extra_fds=tuple(read.number() for _ in range(read.number())),
+        limits=Limits(**{name: read.number() for name in _LIMIT_FIELDS}),
+    )
+    read.end()
+    return spec
+
+
+def sealed_memfd(data: bytes) -> int:
+    """An anonymous file holding ``data`` that nobody can change any more (memfd_create(2))."""
+    fd = os.memfd_create("sandboxd-spec", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+_LIMIT_FIELDS = (
+    "address_space",
+    "processes",
+    "open_files",
+    "file_size",
+    "cpu_seconds",
+    "tmp_size",
+)
+
+
+def _put_mount(out: _Writer, mount: MountSpec) -> None:
+    out.text(mount.source)
+    out.text(mount.target)
+    flags = (mount.readonly, mount.noexec, mount.idmap, mount.optional)
+    out.number(sum(1 << bit for bit, on in enumerate(flags) if on))
+
+
+def _get_mount(read: _Reader) -> MountSpec:
+    source, target, flags = read.text(), read.text(), read.number()
+    return MountSpec(source, target, *(bool(flags & 1 << bit) for bit in range(4)))
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def number(self, value: int) -> None:
+        self.data += struct.pack("!Q", value)
+
+    def blob(self, value: bytes) -> None:
+        self.number(len(value))
+        self.data += value
+
+    def text(self, value: str) -> None:
+        self.blob(os.fsencode(value))
+
+
+class _Reader:
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def number(self) -> int:
+        value: int = struct.unpack("!Q", self._take(8))[0]
+        return value
+
+    def blob(self) -> bytes:
+        return self._take(self.number())
+
+    def text(self) -> str:
+        return os.fsdecode(self.blob())
+
+    def end(self) -> None:
+        if self.at != len(self.data):
+            raise ValueError("bytes left over after the launch spec")
+
+    def _take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError("the launch spec is cut short")
+        chunk = self.data[self.at : self.at + count]
+        self.at += count
+        return chunk
