@@ -26,9 +26,10 @@ import pytest
 
 PROJECT = Path(__file__).parents[2]
 SUITE = "bookworm"
-PACKAGES = (
-    "ca-certificates dbus git libpam-systemd procps python3 python3-venv systemd systemd-sysv"
-).split()
+PACKAGES = [
+    "ca-certificates", "dbus", "git", "libpam-systemd", "procps", "python3", "python3-venv",
+    "systemd", "systemd-sysv",
+]  # fmt: skip
 #: Raise it when the recipe below changes.
 RECIPE = 1
 BOOT_SECONDS = 90
@@ -49,7 +50,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as the container's root; with ``check``, its failure fails the test."""
         environ = {
-            "PATH": "/opt/sandboxd/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": "/opt/sandboxd/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/root",
             "LANG": "C.UTF-8",
         }
