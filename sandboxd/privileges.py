@@ -63,7 +63,7 @@ def become(who: Identity) -> None:
     os.setgroups(who.groups)
     os.setresgid(who.gid, who.gid, who.gid)
     kernel.no_new_privileges()
-    # The bounding set can only be emptied while CAP_SETPCAP is there, the others follow the uid.
+    kernel.drop_bounding_set()  # while CAP_SETPCAP is there; the other sets follow the uid
     os.setresuid(who.uid, who.uid, who.uid)
     kernel.drop_capabilities()
     harden()  # a change of uid makes the process dumpable as the host's suid_dumpable says
@@ -77,11 +77,16 @@ def make_reachable(paths: Iterable[str | Path], who: Identity) -> list[str]:
     A Python environment in root's home is common, and the broker still loads modules after it
     gave up root. In a mount namespace of the broker's own, the closed directory is covered by an
     empty one in which only the needed paths appear, read-only; the host's tree is untouched.
-    Returns the directories that were covered.
+    Returns the directories that were covered. Unavailable when a needed path itself is closed.
     """
     closed: dict[str, list[str]] = {}
     for path in dict.fromkeys(str(Path(p)) for p in paths):
         if (barrier := _barrier(path, who)) is not None:
+            if barrier == path:
+                raise Unavailable(
+                    f"{path} is closed to {who.name}, which the broker runs as",
+                    hint=f"open it for reading: chmod -R o+rX {path}",
+                )
             closed.setdefault(barrier, []).append(path)
     if not closed:
         return []

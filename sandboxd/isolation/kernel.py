@@ -23,6 +23,7 @@ __all__ = [
     "CLONE_NEWUSER",
     "CLONE_NEWUTS",
     "clone_tree",
+    "drop_bounding_set",
     "drop_capabilities",
     "join_new_keyring",
     "mount",
@@ -234,15 +235,20 @@ def set_effective_capabilities() -> None:
         raise _failed("capset")
 
 
-def drop_capabilities() -> None:
-    """Empty the bounding, ambient, permitted, effective and inheritable sets (capabilities(7)).
+def drop_bounding_set() -> None:
+    """Empty the capability bounding set.
 
-    The bounding set needs CAP_SETPCAP to change; without it (a process that never had any
-    capability) it is left, and with no_new_privs and an empty permitted set it gives nothing.
+    That needs CAP_SETPCAP; without it (a process that never had any capability) the set is left,
+    and with no_new_privs and an empty permitted set it gives nothing.
     """
     capability = 0
     while _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) == 0:
         capability += 1
+
+
+def drop_capabilities() -> None:
+    """Empty the bounding, ambient, permitted, effective and inheritable sets (capabilities(7))."""
+    drop_bounding_set()
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     # SECBIT_NOROOT, SECBIT_NO_SETUID_FIXUP, SECBIT_NO_CAP_AMBIENT_RAISE, each with its lock.
     _libc.prctl(_PR_SET_SECUREBITS, ctypes.c_ulong(0xCF), 0, 0, 0)
