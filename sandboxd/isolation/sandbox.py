@@ -163,7 +163,7 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
 def _limit(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for kind, value in (
-        (resource.RLIMIT_AS, limits.address_space),
+        (resource.RLIMIT_DATA, limits.memory),
         (resource.RLIMIT_NPROC, limits.processes),
         (resource.RLIMIT_NOFILE, limits.open_files),
         (resource.RLIMIT_FSIZE, limits.file_size),

@@ -106,9 +106,13 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of the program (setrlimit(2)); 0 leaves the inherited one. Bytes, seconds."""
+    """Resource limits of the program (setrlimit(2)); 0 leaves the inherited one. Bytes, seconds.
 
-    address_space: int = 0
+    ``memory`` is RLIMIT_DATA, private writable memory of one process: unlike RLIMIT_AS it spares
+    runtimes that reserve address space without using it (V8, Go, Bun).
+    """
+
+    memory: int = 0
     processes: int = 0
     open_files: int = 1024
     file_size: int = 0
@@ -214,7 +218,7 @@ def sealed_memfd(data: bytes) -> int:
 
 
 _LIMIT_FIELDS = (
-    "address_space",
+    "memory",
     "processes",
     "open_files",
     "file_size",
