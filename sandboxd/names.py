@@ -34,6 +34,10 @@ _SHELL = "a shell runs what it names or holds before the script that the tool me
 _PYTHON = "the Python interpreter loads or changes code because of it"
 _GIT = "git runs programs, hooks or transports because of it"
 _DAEMON = "it belongs to the daemon and its service manager, never to a tool"
+_CONFIG = "programs read configuration that runs commands from where it points"
+_TRUST = "it changes which certificate authorities the tool trusts"
+_NODE = "Node.js and npm load modules, flags or programs because of it"
+_RESOLVER = "it changes how the C library resolves host names"
 _PROXY = "it sends the tool's traffic, credentials included, to a host of somebody's choice"
 
 _LOADER_PREFIXES: tuple[tuple[str, str], ...] = (
@@ -49,6 +53,10 @@ _LOADER_PREFIXES: tuple[tuple[str, str], ...] = (
     ("COR_", "the .NET runtime loads a profiler because of it"),
     ("CORECLR_", "the .NET runtime loads a profiler because of it"),
     ("GIT_", _GIT),
+    ("LUA_INIT", "the Lua interpreter runs it"),
+    ("LUA_PATH", "the Lua interpreter loads code because of it"),
+    ("LUA_CPATH", "the Lua interpreter loads code because of it"),
+    ("NPM_CONFIG_", _NODE),
     ("LISTEN_", _DAEMON),
     ("SANDBOXD_", _DAEMON),
 )
@@ -66,9 +74,24 @@ _LOADER_NAMES: dict[str, str] = {
     "GCONV_PATH": _LOADER,
     "NLSPATH": _LOADER,
     "LOCPATH": _LOADER,
-    "NODE_OPTIONS": "Node.js loads modules and flags from it",
-    "NODE_PATH": "Node.js loads modules from it",
-    "NODE_EXTRA_CA_CERTS": "it adds certificate authorities that the tool then trusts",
+    "GETCONF_DIR": _LOADER,
+    "HOSTALIASES": _RESOLVER,
+    "LOCALDOMAIN": _RESOLVER,
+    "RES_OPTIONS": _RESOLVER,
+    "RESOLV_HOST_CONF": _RESOLVER,
+    "TZDIR": "the C library reads time zone files from it",
+    "NODE_OPTIONS": _NODE,
+    "NODE_PATH": _NODE,
+    "NODE_EXTRA_CA_CERTS": _TRUST,
+    "NODE_TLS_REJECT_UNAUTHORIZED": "it turns off the check of certificates",
+    "SSL_CERT_FILE": _TRUST,
+    "SSL_CERT_DIR": _TRUST,
+    "CURL_CA_BUNDLE": _TRUST,
+    "REQUESTS_CA_BUNDLE": _TRUST,
+    "SSLKEYLOGFILE": "TLS libraries write the keys of every connection to it",
+    "OPENSSL_CONF": "OpenSSL loads engines and providers from it",
+    "OPENSSL_ENGINES": "OpenSSL loads engines from it",
+    "OPENSSL_MODULES": "OpenSSL loads providers from it",
     "PERLLIB": "the Perl interpreter loads code because of it",
     "GEM_PATH": "the Ruby interpreter loads code because of it",
     "GEM_HOME": "the Ruby interpreter loads code because of it",
@@ -76,9 +99,16 @@ _LOADER_NAMES: dict[str, str] = {
     "_JAVA_OPTIONS": "the JVM loads agents and flags from it",
     "JDK_JAVA_OPTIONS": "the JVM loads agents and flags from it",
     "CLASSPATH": "the JVM loads code because of it",
-    "LUA_INIT": "the Lua interpreter runs it",
     "PHPRC": "PHP loads its configuration from it",
     "PHP_INI_SCAN_DIR": "PHP loads its configuration from it",
+    "XDG_CONFIG_HOME": _CONFIG,
+    "XDG_CONFIG_DIRS": _CONFIG,
+    "ZDOTDIR": _SHELL,
+    "HGRCPATH": _CONFIG,
+    "LESSOPEN": "less runs the program it names",
+    "LESSCLOSE": "less runs the program it names",
+    "MANPAGER": "programs run what it names",
+    "RSYNC_RSH": "rsync runs the program it names",
     "SSH_ASKPASS": "ssh runs the program it names",
     "SSH_AUTH_SOCK": "it hands the tool an authentication agent",
     "EDITOR": "programs run what it names",
@@ -98,10 +128,16 @@ _LOADER_NAMES: dict[str, str] = {
 
 
 def variable_name(name: str) -> str:
-    """An environment variable's name: a letter or ``_``, then letters, digits, ``_``; at most 128."""
+    """An environment variable's name: a letter or ``_``, then letters, digits, ``_``; 128 at most.
+
+    The refusal shows no more than the first characters: what stands where a name should be is
+    often a value (a mistyped command, the second line of a multi-line value in a file).
+    """
     if not _VARIABLE.fullmatch(name):
+        start = re.match(r"[A-Za-z0-9_]{0,12}", name)
+        begin = start[0] if start else ""
         raise Invalid(
-            f"{shown(name)} is not a variable name",
+            f"{shown(begin + ('…' if len(name) > len(begin) else ''))} is not a variable name",
             hint="use a letter or _, then letters, digits or _, 128 at most: "
             "^[A-Za-z_][A-Za-z0-9_]{0,127}$",
         )
@@ -125,17 +161,22 @@ def loader_reason(name: str) -> str:
 
 
 def variable_value(name: str, value: bytes) -> bytes:
-    """A value that execve(2) can carry: no NUL byte, and ``NAME=VALUE`` under 128 KiB."""
-    if b"\0" in value:
-        raise Invalid(f"the value of {name} holds a NUL byte, which no environment can carry")
+    """A value that execve(2) can carry: no NUL byte, and ``NAME=VALUE`` within 128 KiB."""
+    has_nul = b"\0" in value
     size = len(name) + 1 + len(value) + 1
-    if size > MAX_ENV_STRING:
+    if not has_nul and size <= MAX_ENV_STRING:
+        return value
+    del value  # a traceback that shows locals must not show it
+    if has_nul:
         raise Invalid(
-            f"{name} is {size - MAX_ENV_STRING:,} bytes too long for the kernel",
-            hint=f"NAME=VALUE and its final NUL may be {MAX_ENV_STRING:,} bytes (execve(2), "
-            "MAX_ARG_STRLEN); keep the large part in a file that a tool mounts",
+            f"the value of {name} holds a NUL byte, which no environment can carry",
+            hint="encode binary data, for example as base64, and let the tool decode it",
         )
-    return value
+    raise Invalid(
+        f"{name} is {size - MAX_ENV_STRING:,} bytes too long for the kernel",
+        hint=f"NAME=VALUE and its final NUL may be {MAX_ENV_STRING:,} bytes (execve(2), "
+        "MAX_ARG_STRLEN); keep the large part in a file that a tool mounts",
+    )
 
 
 def agent_slug(name: str) -> str:
@@ -150,7 +191,7 @@ def agent_slug(name: str) -> str:
 
 
 def tool_name(name: str) -> str:
-    """A tool's name: a lower-case letter, then lower-case letters, digits, ``_``, ``-``; at most 64."""
+    """A tool's name: a lower-case letter, then lower-case letters, digits, ``_``, ``-``; to 64."""
     if not _TOOL.fullmatch(name):
         raise Invalid(
             f"{shown(name)} is not a tool name",

@@ -71,21 +71,23 @@ class Paths:
 
         Root gets /etc, /var/lib and /run; others XDG_CONFIG_HOME, XDG_STATE_HOME and
         XDG_RUNTIME_DIR (XDG Base Directory Specification 0.8), the last falling back to
-        ``<state>/run`` where no session manager made one.
+        ``<state>/run`` where no session manager made one. A relative XDG path is ignored, as the
+        specification demands; a relative path of ours starts at the working directory, and
+        :class:`Invalid` is raised when that directory is gone.
         """
         if (os.geteuid() if uid is None else uid) == 0:
             default = (Path("/etc/sandboxd"), Path("/var/lib/sandboxd"), Path("/run/sandboxd"))
         else:
             home = Path(environ.get("HOME") or "/nonexistent")
-            state_home = Path(environ.get("XDG_STATE_HOME") or home / ".local/state")
-            run = environ.get("XDG_RUNTIME_DIR")
+            state_home = _xdg(environ, "XDG_STATE_HOME") or home / ".local/state"
+            run = _xdg(environ, "XDG_RUNTIME_DIR")
             default = (
-                Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "sandboxd",
+                (_xdg(environ, "XDG_CONFIG_HOME") or home / ".config") / "sandboxd",
                 state_home / "sandboxd",
-                Path(run) / "sandboxd" if run else state_home / "sandboxd" / "run",
+                run / "sandboxd" if run else state_home / "sandboxd" / "run",
             )
         chosen = [
-            Path(given or environ.get(variable) or fallback).absolute()
+            _absolute(Path(given or environ.get(variable) or fallback))
             for given, variable, fallback in zip(
                 (config, state, runtime),
                 ("SANDBOXD_CONFIG", "SANDBOXD_STATE", "SANDBOXD_RUNTIME"),
@@ -108,7 +110,25 @@ class Paths:
 
 
 def shipped(kind: str) -> Path:
-    """The folder of shipped ``tools``, ``policies`` or ``systemd`` files, installed or in a checkout."""
+    """The folder of shipped ``tools``, ``policies`` or ``systemd`` files.
+
+    An installed package carries them below itself, a checkout beside itself.
+    """
     package = Path(__file__).resolve().parent
     installed = package / "shipped" / kind
     return installed if installed.is_dir() else package.parent / kind
+
+
+def _xdg(environ: Mapping[str, str], variable: str) -> Path | None:
+    path = Path(environ.get(variable) or ".")
+    return path if path.is_absolute() else None
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.absolute()
+    except OSError:  # getcwd(2): ENOENT once the working directory is deleted
+        raise Invalid(
+            f"{path} is relative and the working directory is gone",
+            hint="change to a directory that exists, or give absolute paths",
+        ) from None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hmac
 from typing import NoReturn
 
+from sandboxd.errors import Invalid
+
 __all__ = ["Secret"]
 
 _HIDDEN = "<secret>"
@@ -25,10 +27,15 @@ class Secret:
 
     __slots__ = ("__value",)
 
-    def __init__(self, value: bytes | str) -> None:
-        if isinstance(value, str):
-            value = value.encode("utf-8", "surrogateescape")
-        self.__value = bytes(value)
+    def __init__(self, value: bytes | bytearray | memoryview | str) -> None:
+        """Text becomes UTF-8. Raises Invalid for text that has no encoding (lone surrogates)."""
+        raw = _encoded(value) if isinstance(value, str) else value
+        if isinstance(raw, (bytes, bytearray, memoryview)):
+            self.__value = bytes(raw)  # no copy when it is bytes already
+            return
+        del value, raw  # a traceback that shows locals must not show it
+        # Raised here and not in a handler: no chained error may hold the text.
+        raise Invalid("a secret is bytes or text that UTF-8 can encode")
 
     def reveal(self) -> bytes:
         """The plaintext bytes. The caller owns keeping them out of logs, errors and argv."""
@@ -63,3 +70,13 @@ class Secret:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Secret cannot be pickled or copied")
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("a Secret has no state to show")
+
+
+def _encoded(text: str) -> bytes | None:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # it carries the whole text as .object
+        return None
