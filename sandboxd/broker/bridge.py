@@ -65,10 +65,15 @@ def _send_input(broker: socket.socket) -> None:
             data = _read(0)
             if not data:
                 broker.shutdown(socket.SHUT_WR)
-                return
+                break
             broker.sendall(data)
     except OSError:
         return  # the broker closed: the main thread sees that too, and ends the process
+    # A client that is gone altogether waits for no answer: leaving cancels its calls.
+    output = select.poll()
+    output.register(1, 0)  # errors and hang-ups are reported unasked (poll(2))
+    output.poll()
+    os._exit(0)
 
 
 def _receive_output(broker: socket.socket) -> None:
