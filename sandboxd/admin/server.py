@@ -138,11 +138,12 @@ async def _serve_connection(
                 f"user {caller.name} may not administer this sandboxd",
                 hint="use the daemon's own user, root, or a member of its admin_group",
             )
-            await stream.send_all(protocol.encode(protocol.failure(None, denied)))
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(protocol.encode(protocol.failure(None, denied)))
             return
         await _Connection(stream, caller, methods).serve()
-    except (trio.BrokenResourceError, _ClientGone, OSError) as error:
-        _log.debug("admin connection ended: %s", type(error).__name__)
+    except Exception as error:  # noqa: BLE001  # one bad connection must not end the daemon
+        _log.error("an admin connection failed: %s", _where(error))
     finally:
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(stream)
@@ -161,9 +162,11 @@ class _Connection:
         self.running: set[Any] = set()
 
     async def serve(self) -> None:
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with trio.open_nursery() as nursery:
             try:
                 await self._read(nursery)
+            except (trio.BrokenResourceError, _ClientGone):
+                pass  # a reset is how some clients leave
             finally:
                 # The client is gone, so nobody waits for what still runs.
                 nursery.cancel_scope.cancel()
