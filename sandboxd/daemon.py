@@ -1,0 +1,266 @@
+"""The composition root: which parts run, in which order they start, in which order they stop.
+
+Start: store, audit log, launcher, configuration, leftovers of a crash, admin socket, readiness.
+Stop: no new sessions, every session ended, the admin socket, the launcher, audit log, store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from socket import socket
+
+import trio
+
+from sandboxd.admin.methods import Methods
+from sandboxd.admin.server import Caller, serve_admin
+from sandboxd.audit import AuditLog
+from sandboxd.broker.calls import Calls
+from sandboxd.broker.socket import serve_session_socket
+from sandboxd.errors import SandboxdError, Unavailable
+from sandboxd.isolation.client import Launcher, open_launcher
+from sandboxd.isolation.uids import UidPool
+from sandboxd.paths import Paths, shipped
+from sandboxd.policy import Config, Settings, load_config
+from sandboxd.privileges import Identity
+from sandboxd.service import Service
+from sandboxd.sessions.manager import Manager
+from sandboxd.sessions.session import Session
+from sandboxd.sessions.spec import bridge_script
+from sandboxd.vault.custody import MasterKey
+from sandboxd.vault.vault import Vault
+
+__all__ = ["Boot", "Daemon", "run"]
+
+_log = logging.getLogger("sandboxd")
+
+
+@dataclass
+class Boot:
+    """What was made ready before the event loop: directories, key, launcher, identity."""
+
+    paths: Paths
+    settings: Settings
+    key: MasterKey
+    custody: str
+    launcher: socket
+    service: Service
+    identity: Identity | None
+    lock: int
+
+
+def run(boot: Boot) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status, or raises SandboxdError."""
+    try:
+        trio.run(_serve, boot)
+    except BaseExceptionGroup as group:
+        expected, rest = group.split(SandboxdError)
+        if rest is not None or expected is None:
+            raise
+        raise _first(expected) from None
+    return 0
+
+
+@dataclass
+class Daemon:
+    """The running parts, and the one piece of state that changes: the configuration in force."""
+
+    boot: Boot
+    config: Config
+    vault: Vault
+    audit: AuditLog
+    launcher: Launcher
+    started_at: float = field(default_factory=time.time)
+    sessions: Manager = field(init=False)
+    calls: Calls = field(init=False)
+
+    async def check(self) -> Config:
+        """Read the configuration anew without applying it. ConfigErrors lists all that is wrong."""
+        return await trio.to_thread.run_sync(_load, self.boot.paths)
+
+    async def reload(self, by: str) -> bool:
+        """Put a valid new configuration in force; whether it differs from the old one.
+
+        Live sessions keep the agent, policy and versions that they started with. A configuration
+        that can't be loaded raises, and the old one stays in force.
+        """
+        self.boot.service.reloading()
+        try:
+            try:
+                config = await self.check()
+            except SandboxdError as failure:
+                await self.audit.append("daemon.reload_refused", by=by, problem=failure.message)
+                _log.error("reload refused, the old configuration stays: %s", failure.message)
+                raise
+            changed = config.generation != self.config.generation
+            await self.audit.append(
+                "daemon.reloaded", by=by, generation=config.generation, changed=changed
+            )
+            self.config = config
+            for warning in config.warnings:
+                _log.warning("%s", warning)
+            return changed
+        finally:
+            self.boot.service.ready(self.status())
+
+    def status(self) -> str:
+        count = len(self.sessions.live)
+        return f"{count} session{'' if count == 1 else 's'}"
+
+
+async def _serve(boot: Boot) -> None:
+    async with _parts(boot) as daemon, trio.open_nursery() as nursery:
+        await _compose(daemon, nursery)
+        for id in await daemon.sessions.clear_leftovers():
+            _log.warning("session %s ended with an earlier daemon", id)
+        await daemon.audit.append(
+            "daemon.started",
+            pid=os.getpid(),
+            mode=daemon.launcher.mode,
+            generation=daemon.config.generation,
+        )
+        await nursery.start(_admin, daemon)
+        nursery.start_soon(_fail_without_launcher, daemon)
+        nursery.start_soon(_watchdog, boot.service)
+        boot.service.ready(daemon.status())
+        _log.info("serving on %s, %s mode", boot.paths.admin_socket, daemon.launcher.mode)
+        await _until_told_to_stop(daemon)
+        boot.service.stopping()
+        _log.info("stopping")
+        await daemon.audit.append("daemon.stopping", sessions=len(daemon.sessions.live))
+        await daemon.sessions.stop_all(reason="the daemon stopped")
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _parts(boot: Boot) -> AsyncIterator[Daemon]:
+    config = _load(boot.paths)
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    vault = await trio.to_thread.run_sync(Vault.open, boot.paths.store, boot.key)
+    try:
+        audit = await trio.to_thread.run_sync(
+            AuditLog.open, boot.paths.audit, boot.key.derive("audit")
+        )
+        try:
+            async with open_launcher(boot.launcher) as launcher:
+                yield Daemon(boot, config, vault, audit, launcher)
+        finally:
+            audit.close()
+    finally:
+        vault.close()
+
+
+async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
+    launcher, range_ = daemon.launcher, daemon.config.settings.uid_range
+    uids = UidPool(privileged=launcher.privileged, first=range_.first, count=range_.count)
+    daemon.calls = Calls(
+        config=lambda: daemon.config,
+        vault=daemon.vault,
+        audit=daemon.audit,
+        launcher=launcher,
+        uids=uids,
+    )
+
+    async def serve(
+        session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await serve_session_socket(session.socket, session, daemon.calls, task_status=task_status)
+
+    bridge = Path(str(files("sandboxd.broker").joinpath("bridge.py")))
+    daemon.sessions = Manager(
+        paths=daemon.boot.paths,
+        config=lambda: daemon.config,
+        vault=daemon.vault,
+        audit=daemon.audit,
+        launcher=launcher,
+        uids=uids,
+        serve=serve,
+        bridge=bridge_script(bridge),
+        nursery=nursery,
+    )
+
+
+async def _admin(
+    daemon: Daemon, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    boot = daemon.boot
+    group = _group_id(daemon.config.settings.admin_group) if boot.identity else None
+    allowed = {0, os.geteuid()}
+
+    def allow(uid: int, gids: list[int]) -> bool:
+        return uid in allowed or (group is not None and group in gids)
+
+    async def refused(caller: Caller) -> None:
+        await daemon.audit.append("admin.refused", uid=caller.uid, pid=caller.pid, by=caller.name)
+
+    listener = boot.service.listen_fds.get("admin")
+    own_group = group if group is not None and group in (os.getegid(), *os.getgroups()) else None
+    await serve_admin(
+        boot.paths.admin_socket,
+        Methods(daemon).table(),
+        allow=allow,
+        mode=0o660 if own_group is not None else 0o600,
+        group=own_group,
+        listener=socket(fileno=listener) if listener is not None else None,
+        refused=refused,
+        task_status=task_status,
+    )
+
+
+async def _until_told_to_stop(daemon: Daemon) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async for received in signals:
+            if received != signal.SIGHUP:
+                return
+            try:
+                await daemon.reload("SIGHUP")
+            except SandboxdError as failure:
+                for part in getattr(failure, "errors", ()):
+                    _log.error("%s", part.message)
+
+
+async def _fail_without_launcher(daemon: Daemon) -> None:
+    await daemon.launcher.gone.wait()
+    raise Unavailable(
+        "the launcher died, and every session with it",
+        hint="the service manager restarts the daemon; look for an out-of-memory kill in the log",
+    )
+
+
+async def _watchdog(service: Service) -> None:
+    if service.watchdog_interval is None:
+        return
+    while True:
+        service.watchdog()
+        await trio.sleep(service.watchdog_interval)
+
+
+def _load(paths: Paths) -> Config:
+    return load_config(
+        paths.config, shipped_policies=shipped("policies"), shipped_tools=shipped("tools")
+    )
+
+
+def _group_id(name: str) -> int | None:
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+def _first(group: BaseExceptionGroup[SandboxdError]) -> SandboxdError:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, SandboxdError)
+    return found

@@ -1,0 +1,99 @@
+"""What a detached agent printed: kept on disk within bounds, readable while it still runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from sandboxd.errors import NotFound
+
+__all__ = ["MAX_LOG", "Recorder", "read_log"]
+
+#: A log file of this size becomes ``output.1.log``, so that at most twice as much is kept.
+MAX_LOG = 8 << 20
+
+
+class Recorder:
+    """Copies a pipe into ``directory/output.log`` until it ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.changed = trio.Condition()
+        self.done = False
+
+    async def record(self, fd: int) -> None:
+        """Copy ``fd``, which is closed at the end. A full disk ends the log, not the agent."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.directory / "output.log"
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        size, broken = 0, False
+        try:
+            async with trio.lowlevel.FdStream(fd) as pipe:
+                async for chunk in pipe:
+                    if size + len(chunk) > MAX_LOG:
+                        path.rename(self.directory / "output.1.log")
+                        os.close(log)
+                        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                        size, broken = 0, False
+                    if not broken:
+                        try:
+                            size += os.write(log, chunk)
+                        except OSError:
+                            broken = True  # go on draining: a full pipe would stop the agent
+                    await self._tell()
+        finally:
+            os.close(log)
+            self.done = True
+            with trio.CancelScope(shield=True):
+                await self._tell()
+
+    async def _tell(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+
+async def read_log(
+    directory: Path, recorder: Recorder | None, *, follow: bool
+) -> AsyncIterator[bytes]:
+    """The recorded output, oldest first; with ``follow`` on and on until the session ends.
+
+    NotFound when nothing was recorded (an attached session's output went to its operator).
+    """
+    paths = [p for p in (directory / "output.1.log", directory / "output.log") if p.exists()]
+    if not paths and recorder is None:
+        raise NotFound(
+            "there is no recorded output",
+            hint="only detached sessions are recorded; an attached one printed to its operator",
+        )
+    for path in paths[:-1]:
+        yield path.read_bytes()
+    if not paths:
+        return
+    current = paths[-1]
+    log = current.open("rb")
+    try:
+        while True:
+            done = recorder is None or recorder.done
+            while chunk := log.read(65536):
+                yield chunk
+            if done or not follow or recorder is None:
+                return
+            if os.fstat(log.fileno()).st_ino != _inode(current):
+                log.close()
+                log = current.open("rb")
+                continue
+            with trio.move_on_after(1):  # a wake-up lost between read and wait costs a second
+                async with recorder.changed:
+                    await recorder.changed.wait()
+    finally:
+        log.close()
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0

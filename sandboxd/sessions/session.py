@@ -1,0 +1,66 @@
+"""One session: an agent's process with the versions, policy and workspace it began with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from sandboxd.isolation.client import Process
+from sandboxd.policy import Agent, Policy
+from sandboxd.policy.decide import SessionTerms
+from sandboxd.vault.vault import Snapshot
+
+__all__ = ["Ending", "Session"]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why and how a session ended: ``code`` or ``signal`` of its program, and a reason to show."""
+
+    code: int | None
+    signal: int | None
+    reason: str
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(eq=False)
+class Session:
+    """A live session. Everything it may do was fixed when it started."""
+
+    id: str
+    agent: Agent
+    policy: Policy
+    terms: SessionTerms
+    snapshot: Snapshot
+    uid: int
+    workspace: Path | None
+    directory: Path
+    by: str
+    args: tuple[str, ...]
+    tty: bool
+    attached: bool
+    generation: str
+    started_at: float = field(default_factory=time.time)
+    process: Process | None = None
+    stop_reason: str = ""
+    ending: Ending | None = None
+    ended: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def pid(self) -> int:
+        """The sandbox's init on the host, 0 before it runs."""
+        return self.process.pid if self.process else 0
+
+    @property
+    def socket(self) -> Path:
+        """The session's own broker socket, on the host."""
+        return self.directory / "broker.sock"
+
+    @property
+    def state(self) -> str:
+        if self.ending is not None:
+            return "ended"
+        return "running" if self.process is not None else "starting"

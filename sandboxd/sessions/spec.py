@@ -1,0 +1,108 @@
+"""From an agent's configuration to the sandbox it runs in. Pure: it decides, the manager acts."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path, PurePosixPath
+
+from sandboxd.errors import Denied, Invalid
+from sandboxd.isolation.runtime import python_mounts
+from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
+from sandboxd.policy import Agent, Policy
+from sandboxd.policy import Limits as PolicyLimits
+from sandboxd.policy.decide import SessionTerms
+from sandboxd.sessions.layers import provided
+from sandboxd.sessions.session import Session
+
+__all__ = ["BRIDGE", "HOME", "SOCKET", "WORKSPACE", "agent_spec", "check_agent", "launch_limits"]
+
+HOME = "/home/agent"
+WORKSPACE = "/workspace"
+SOCKET = "/run/sandboxd/broker.sock"
+BRIDGE = "/run/sandboxd/bin/sandboxd-mcp"
+
+_TERM = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
+
+
+def check_agent(agent: Agent, policy: Policy, terms: SessionTerms, args: tuple[str, ...]) -> None:
+    """Refuse what the agent's file or policy does not allow, before anything is made."""
+    if args and not agent.args_allowed:
+        raise Denied(
+            f"agent {agent.slug} takes no arguments",
+            rule=f"{agent.source}: args_allowed",
+            hint=f"set 'args_allowed: true' in {agent.source} to allow them",
+        )
+    if any("\0" in arg for arg in args):
+        raise Invalid("an argument holds a NUL byte, which no command line can carry")
+    missing = [feature for feature in terms.require if feature not in provided(terms.network)]
+    if missing:
+        raise Denied(
+            f"policy {policy.name} requires what a session would not have: {', '.join(missing)}",
+            rule=f"{policy.source}: require",
+            hint="see what this host offers: sandboxctl doctor",
+        )
+    if agent.network != terms.network:
+        raise Denied(
+            f"agent {agent.slug} asks for the host's network, which policy {policy.name} withholds",
+            rule=f"{policy.source}: agent_network",
+            hint=f"remove 'network: host' from {agent.source}, or choose another policy",
+        )
+
+
+def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec:
+    """The sandbox of ``session``'s agent: an empty environment plus what is listed here."""
+    agent = session.agent
+    environment = {
+        "PATH": f"{PurePosixPath(BRIDGE).parent}:/usr/local/bin:/usr/bin:/bin",
+        "HOME": HOME,
+        "USER": "agent",
+        "LOGNAME": "agent",
+        "SHELL": "/bin/sh",
+        "LANG": "C.UTF-8",
+        "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
+        "SANDBOXD_SESSION": session.id,
+        "SANDBOXD_AGENT": agent.slug,
+        "SANDBOXD_SOCKET": SOCKET,
+        **agent.environment,
+    }
+    if session.tty:
+        environment["TERM"] = term if _TERM.fullmatch(term) else "xterm"
+    mounts = [*python_mounts(), MountSpec(str(session.socket), SOCKET)]
+    if session.workspace is not None:
+        readonly = session.terms.workspace == "ro"
+        mounts.append(MountSpec(str(session.workspace), WORKSPACE, readonly=readonly, idmap=True))
+    mounts += (
+        MountSpec(str(m.source), str(m.target), readonly=m.mode == "ro", idmap=m.mode == "rw")
+        for m in agent.mounts
+    )
+    return LaunchSpec(
+        id=session.id,
+        argv=tuple(os.fsencode(word) for word in (*agent.command, *session.args)),
+        env=tuple((os.fsencode(k), os.fsencode(v)) for k, v in environment.items()),
+        uid=session.uid,
+        cwd=WORKSPACE if session.workspace is not None else HOME,
+        network=session.terms.network,
+        tty=session.tty,
+        mounts=tuple(mounts),
+        files=(FileSpec(BRIDGE, bridge, 0o555),),
+        limits=launch_limits(session.terms.limits),
+    )
+
+
+def bridge_script(source: Path) -> bytes:
+    """The bridge as one executable file: this Python, and nothing of the broker's packages."""
+    return b"#!" + os.fsencode(sys.executable) + b" -IS\n" + source.read_bytes()
+
+
+def launch_limits(limits: PolicyLimits) -> Limits:
+    """A policy's limits as the launcher takes them, where 0 stands for no limit."""
+    return Limits(
+        memory=limits.memory or 0,
+        processes=limits.processes or 0,
+        open_files=limits.files or 1024,
+        file_size=limits.file_size or 0,
+        cpu_seconds=int(limits.cpu or 0),
+        tmp_size=limits.tmp_size or 64 << 20,
+    )
