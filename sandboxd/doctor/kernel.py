@@ -19,9 +19,10 @@ def checks(probed: Mapping[str, Mapping[str, Any]], state: Path) -> Iterator[Che
     """Findings from the probes' results; ``state`` is where idmapped mounts were tried."""
     results = {name: _Probe(**result) for name, result in probed.items()}
     yield _kernel()
+    yield _sandbox(results["sandbox"])
     yield _user_namespaces(results["user"])
     yield from _namespaces(results)
-    yield _mounts(results["mount_setup"])
+    yield _mounts(results["mounts"])
     yield _proc(results["proc"], results["proc_user"])
     yield _idmap(results.get("idmap"), state)
     yield _landlock(results["landlock"])
@@ -58,8 +59,23 @@ def _kernel() -> Check:
     )
 
 
+def _sandbox(probe: _Probe) -> Check:
+    """The whole in one: everything below only explains it."""
+    name = "a sandbox"
+    if probe.ok:
+        return Check(name, "ok", f"built, used and gone in {probe.detail} ms", required=True)
+    return Check(
+        name,
+        "missing",
+        f"can't be built: {probe.why}",
+        "no agent and no tool can be started",
+        "solve what is missing below",
+        required=True,
+    )
+
+
 def _user_namespaces(probe: _Probe) -> Check:
-    """Required for an ordinary user; root builds sandboxes without."""
+    """Root needs them too: the program in a sandbox is root of nothing in one of its own."""
     name, root = "user namespaces", os.geteuid() == 0
     limit = sysctl("user/max_user_namespaces")
     apparmor = sysctl("kernel/apparmor_restrict_unprivileged_userns")
@@ -67,14 +83,14 @@ def _user_namespaces(probe: _Probe) -> Check:
         detail = f"can be made and hold capabilities (limit {limit})"
         if root and apparmor == "1":
             detail += "; AppArmor restricts those of ordinary users"
-        return Check(name, "ok", detail, required=not root)
+        return Check(name, "ok", detail, required=True)
     if limit == "0":
         detail = "user.max_user_namespaces is 0"
         fix = "sysctl -w user.max_user_namespaces=15000   # keep it: /etc/sysctl.d/60-sandboxd.conf"
     elif not root and sysctl("kernel/unprivileged_userns_clone") == "0":
         detail = "kernel.unprivileged_userns_clone is 0"
         fix = (
-            "sysctl -w kernel.unprivileged_userns_clone=1   # keep it: "
+            "run sandboxd as root, or sysctl -w kernel.unprivileged_userns_clone=1   # keep it: "
             "/etc/sysctl.d/60-sandboxd.conf"
         )
     elif not root and apparmor == "1":
@@ -91,12 +107,8 @@ def _user_namespaces(probe: _Probe) -> Check:
         )
     else:
         detail = f"refused: {probe.why}"
-        fix = "boot a kernel with CONFIG_USER_NS=y, or run sandboxd as root"
-    if root:
-        costs = "ordinary users can't run sandboxd on this host; root's sandboxes work without"
-        return Check(name, "degraded", detail, costs, fix)
-    costs = "without root, every sandbox needs one: nothing can be isolated"
-    return Check(name, "missing", detail, costs, fix, required=True)
+        fix = "boot a kernel with CONFIG_USER_NS=y" + ("" if root else ", or run sandboxd as root")
+    return Check(name, "missing", detail, "nothing can be isolated", fix, required=True)
 
 
 _NAMESPACE_COSTS = {
@@ -111,7 +123,7 @@ _NAMESPACE_COSTS = {
 }
 
 
-def _namespaces(results: dict[str, _Probe]) -> Iterator[Check]:
+def _namespaces(results: Mapping[str, _Probe]) -> Iterator[Check]:
     """One line when all are there, else one for each that isn't."""
     required = ("mount", "pid", "net", "ipc", "uts")
     there = [n for n in _NAMESPACE_COSTS if results[n].ok]
@@ -169,7 +181,7 @@ def _idmap(probe: _Probe | None, directory: Path) -> Check:
         name,
         "degraded",
         f"on the filesystem of {directory}: {probe.why}",
-        "a workspace must belong to the session's own uid, so files change hands at session start",
+        "under root, an agent or tool can't be given a workspace that lies there",
         "keep workspaces on ext4, xfs, btrfs or (Linux 6.3) tmpfs, with Linux 5.12 or later",
     )
 
@@ -206,26 +218,59 @@ def _landlock(probe: _Probe) -> Check:
     return Check(name, "ok", f"ABI {abi}")
 
 
-_SYSTEM_CALLS = (
-    ("seccomp", "seccomp filters", "a sandbox could use every system call: io_uring, bpf, keyctl",
-     "boot a kernel with CONFIG_SECCOMP_FILTER=y"),
-    ("openat2", "openat2", "paths can't be opened safely below a directory that an agent changes",
-     "Linux 5.6 or later; in a container or unit, let seccomp pass it (not RestrictSUIDSGID=)"),
-    ("pidfd", "pidfd", "a signal could hit a process that reuses a pid", "Linux 5.3 or later"),
-    ("peerpidfd", "SO_PEERPIDFD", "a socket's peer is known by uid and pid alone, and pids are "
-     "reused", "Linux 6.5 or later"),
-    ("clone3", "clone3", "a process can't be born inside its cgroup and is moved there afterwards",
-     "Linux 5.3 or later; in a container, let seccomp pass it"),
-)  # fmt: skip
+@dataclass(frozen=True)
+class _Feature:
+    key: str
+    name: str
+    costs: str
+    fix: str
+    required: bool = False
 
 
-def _system_calls(results: dict[str, _Probe]) -> Iterator[Check]:
-    for key, name, costs, fix in _SYSTEM_CALLS:
-        probe = results[key]
+_FEATURES = (
+    _Feature(
+        "seccomp",
+        "seccomp filters",
+        "a sandbox could use every system call: io_uring, bpf, keyctl",
+        "boot a kernel with CONFIG_SECCOMP_FILTER=y",
+    ),
+    _Feature(
+        "openat2",
+        "openat2",
+        "paths that an agent can change can't be opened safely: no sandbox is built",
+        "Linux 5.6 or later; in a container or unit, let seccomp pass it (not RestrictSUIDSGID=)",
+        required=True,
+    ),
+    _Feature(
+        "pidfd",
+        "pidfd",
+        "a signal could hit a process that reuses a pid: no sandbox is built",
+        "Linux 5.3 or later; in a container, let seccomp pass pidfd_open and pidfd_send_signal",
+        required=True,
+    ),
+    _Feature(
+        "peerpidfd",
+        "SO_PEERPIDFD",
+        "a socket's peer is known by uid and pid alone, and pids are reused",
+        "Linux 6.5 or later",
+    ),
+    _Feature(
+        "clone3",
+        "clone3",
+        "a process can't be born inside its cgroup and is moved there afterwards",
+        "Linux 5.3 or later; in a container, let seccomp pass it",
+    ),
+)
+
+
+def _system_calls(results: Mapping[str, _Probe]) -> Iterator[Check]:
+    for feature in _FEATURES:
+        probe = results[feature.key]
         if probe.ok:
-            yield Check(name, "ok", "works")
-        else:
-            yield Check(name, "degraded", probe.why, costs, fix)
+            yield Check(feature.name, "ok", "works", required=feature.required)
+            continue
+        state: State = "missing" if feature.required else "degraded"
+        yield Check(feature.name, state, probe.why, feature.costs, feature.fix, feature.required)
 
 
 def _cgroups(probe: _Probe) -> Check:
