@@ -21,8 +21,9 @@ from sandboxd.paths import Paths
 PROJECT = Path(__file__).parents[1]
 ORDER = [
     "kernel", "a sandbox", "user namespaces", "namespaces", "mounts", "/proc", "idmapped mounts",
-    "Landlock", "seccomp filters", "openat2", "pidfd", "SO_PEERPIDFD", "clone3", "cgroups", "systemd", "key custody", "swap", "Python", "state directory", "runtime directory", "temporary files",
-    "open files",
+    "Landlock", "seccomp filters", "openat2", "pidfd", "SO_PEERPIDFD", "clone3", "cgroups",
+    "systemd", "key custody", "swap", "Python", "state directory", "runtime directory",
+    "temporary files", "open files",
 ]  # fmt: skip
 
 RUN = "import sys; from sandboxd import doctor; sys.exit(doctor.run(json=True))"
