@@ -22,7 +22,7 @@ import trio
 from sandboxd.admin.methods import Methods
 from sandboxd.admin.server import Caller, serve_admin
 from sandboxd.audit import AuditLog
-from sandboxd.broker.calls import Calls
+from sandboxd.broker.calls import Bounds, Calls
 from sandboxd.broker.socket import serve_session_socket
 from sandboxd.errors import SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, open_launcher
@@ -142,12 +142,12 @@ async def _serve(boot: Boot) -> None:
 @asynccontextmanager
 async def _parts(boot: Boot) -> AsyncIterator[Daemon]:
     config = _load(boot.paths)
-    for warning in config.warnings:
-        _log.warning("%s", warning)
     vault = await trio.to_thread.run_sync(Vault.open, boot.paths.store, boot.key)
+    for warning in (*config.warnings, *vault.warnings):
+        _log.warning("%s", warning)
     try:
         audit = await trio.to_thread.run_sync(
-            AuditLog.open, boot.paths.audit, boot.key.derive("audit")
+            AuditLog.open, boot.paths.audit, vault.subkey("audit")
         )
         try:
             async with open_launcher(boot.launcher) as launcher:
@@ -167,6 +167,7 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         audit=daemon.audit,
         launcher=launcher,
         uids=uids,
+        bounds=Bounds(total=daemon.config.settings.max_concurrent_calls),
     )
 
     async def serve(

@@ -28,6 +28,8 @@ from sandboxd.service import Service
 
 if TYPE_CHECKING:
     from sandboxd.policy import Settings
+    from sandboxd.secret import Secret
+    from sandboxd.vault.custody import KeySource
 
 __all__ = ["main"]
 
@@ -65,7 +67,7 @@ def _start(arguments: argparse.Namespace) -> int:
         _own_directory(directory, mode, who)
     lock = _lock(paths.lock, who)
     source = _key_source(settings, paths)
-    key = load_master_key(source)
+    key = load_master_key(source, ask=_ask)
     if who is not None:
         covered = make_reachable(_needed_paths(), who)
         if covered:
@@ -169,10 +171,32 @@ def _lock(path: Path, who: Identity | None) -> int:
     return fd
 
 
-def _key_source(settings: Settings, paths: Paths):  # type: ignore[no-untyped-def]
+def _key_source(settings: Settings, paths: Paths) -> KeySource:
+    """Where sandboxd.yaml says the master key is; CONFIG/master.key when it says nothing."""
     from sandboxd.vault.custody import KeySource
 
-    return KeySource.of(settings.key, paths)
+    key = settings.key
+    if key is None or key.kind == "file":
+        named = key.file if key is not None else None
+        return KeySource("file", path=Path(named or paths.config / "master.key"))
+    if key.kind == "credential":
+        return KeySource("credential", name=key.credential or "")
+    path = Path(key.passphrase_file) if key.passphrase_file is not None else None
+    return KeySource("passphrase", path=path, state=paths.state)
+
+
+def _ask(prompt: str) -> Secret:
+    """A passphrase from the terminal; Unavailable where there is none."""
+    from getpass import getpass
+
+    from sandboxd.secret import Secret
+
+    if not sys.stdin.isatty():
+        raise Unavailable(
+            "the passphrase of the master key is needed, and there is no terminal to ask on",
+            hint="name a file that holds it: key: {passphrase_file: PATH} in sandboxd.yaml",
+        )
+    return Secret(getpass(prompt))
 
 
 def _needed_paths() -> list[str]:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +18,7 @@ import trio
 
 from sandboxd import __version__
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.errors import Invalid, NotFound
+from sandboxd.errors import Invalid, NotFound, SandboxdError
 from sandboxd.names import agent_slug, session_id, shown
 from sandboxd.policy import decide
 from sandboxd.secret import Secret
@@ -25,6 +26,7 @@ from sandboxd.sessions.layers import layers
 from sandboxd.sessions.manager import GRACE_SECONDS, Request
 from sandboxd.sessions.output import read_log
 from sandboxd.sessions.session import Session
+from sandboxd.sessions.usage import usage
 from sandboxd.vault.store import SessionRecord
 
 if TYPE_CHECKING:
@@ -175,7 +177,8 @@ class Methods:
         await self._daemon.audit.append(
             "env.set", agent=slug, names=sorted(values), by=caller.name, now=bool(params.get("now"))
         )
-        versions = await _thread(partial(vault.set, by=caller.name), slug, values)
+        async with self._told_when_failing("env.set", slug, caller):
+            versions = await _thread(partial(vault.set, by=caller.name), slug, values)
         older = {name: version - 1 for name, version in versions.items()}
         cancelled = await self._revoke(caller, slug, older) if params.get("now") else 0
         return Reply(
@@ -194,7 +197,9 @@ class Methods:
         await self._daemon.audit.append(
             "env.removed", agent=slug, names=sorted(names), by=caller.name
         )
-        versions = await _thread(partial(self._daemon.vault.remove, by=caller.name), slug, names)
+        async with self._told_when_failing("env.removed", slug, caller):
+            remove = partial(self._daemon.vault.remove, by=caller.name)
+            versions = await _thread(remove, slug, names)
         cancelled = await self._revoke(caller, slug, versions) if params.get("now") else 0
         return Reply(
             {
@@ -204,6 +209,19 @@ class Methods:
                 "cancelled_calls": cancelled,
             }
         )
+
+    @asynccontextmanager
+    async def _told_when_failing(
+        self, action: str, slug: str, caller: Caller
+    ) -> AsyncIterator[None]:
+        """An action is recorded before it happens; one that then fails is recorded as failed."""
+        try:
+            yield
+        except SandboxdError as failure:
+            await self._daemon.audit.append(
+                "admin.failed", action=action, agent=slug, by=caller.name, problem=failure.code
+            )
+            raise
 
     async def _revoke(self, caller: Caller, slug: str, versions: Mapping[str, int]) -> int:
         """Take old versions from live sessions and kill the calls that hold them."""
@@ -309,9 +327,15 @@ class Methods:
                     "tools": [],
                 }
             )
+        used = await _thread(usage, session.pid)
         return Reply(
             {
                 **self._live_row(session),
+                "usage": {
+                    "processes": used.processes,
+                    "memory": used.memory,
+                    "cpu_seconds": used.cpu,
+                },
                 "workspace": str(session.workspace or ""),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
                 "network": session.terms.network,
@@ -382,7 +406,7 @@ class Methods:
             "exit_signal": None,
             "reason": session.stop_reason,
             "by": session.by,
-            "calls_running": self._daemon.calls.running(session),
+            "calls_running": self._daemon.calls.running(session.id),
             "lowered": list(session.terms.lowered),
         }
 

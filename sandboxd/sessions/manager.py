@@ -147,6 +147,7 @@ class Manager:
         session = Session(
             id=id,
             agent=agent,
+            config=config,
             policy=policy,
             terms=terms,
             snapshot=await trio.to_thread.run_sync(self._vault.snapshot, agent.slug),
@@ -157,7 +158,6 @@ class Manager:
             args=request.args,
             tty=request.tty,
             attached=request.attach,
-            generation=config.generation,
         )
         self._live[id] = session
         try:
@@ -299,7 +299,7 @@ class Manager:
             agent=session.agent.slug,
             policy=session.policy.name,
             by=session.by,
-            generation=session.generation,
+            generation=session.config.generation,
             workspace=str(session.workspace or ""),
             network=session.terms.network,
             lowered=list(session.terms.lowered),

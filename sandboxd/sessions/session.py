@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from sandboxd.isolation.client import Process
-from sandboxd.policy import Agent, Policy
+from sandboxd.policy import Agent, Config, Policy
 from sandboxd.policy.decide import SessionTerms
 from sandboxd.vault.vault import Snapshot
 
@@ -32,6 +32,7 @@ class Session:
 
     id: str
     agent: Agent
+    config: Config
     policy: Policy
     terms: SessionTerms
     snapshot: Snapshot
@@ -42,7 +43,6 @@ class Session:
     args: tuple[str, ...]
     tty: bool
     attached: bool
-    generation: str
     started_at: float = field(default_factory=time.time)
     process: Process | None = None
     stop_reason: str = ""
