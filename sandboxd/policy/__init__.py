@@ -1,1 +1,49 @@
+"""Configuration and decisions: YAML to frozen classes, and whether a tool call may happen."""
 
+from sandboxd.policy.arguments import check_arguments, parse_arguments
+from sandboxd.policy.decide import Decision, SessionTerms, decide, session_terms
+from sandboxd.policy.loader import load_config
+from sandboxd.policy.model import (
+    Agent,
+    Annotations,
+    Config,
+    Key,
+    Limits,
+    Mount,
+    Policy,
+    Rule,
+    SecretSpec,
+    Settings,
+    Stdin,
+    Tool,
+    UidRange,
+    Workspace,
+)
+from sandboxd.policy.problems import ConfigErrors
+from sandboxd.policy.toolcheck import check_program
+
+__all__ = [
+    "Agent",
+    "Annotations",
+    "Config",
+    "ConfigErrors",
+    "Decision",
+    "Key",
+    "Limits",
+    "Mount",
+    "Policy",
+    "Rule",
+    "SecretSpec",
+    "SessionTerms",
+    "Settings",
+    "Stdin",
+    "Tool",
+    "UidRange",
+    "Workspace",
+    "check_arguments",
+    "check_program",
+    "decide",
+    "load_config",
+    "parse_arguments",
+    "session_terms",
+]

@@ -1,0 +1,225 @@
+"""Checks across files: names that must exist, ceilings, and mounts that reach the daemon's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sandboxd.policy.decide import matches_glob
+from sandboxd.policy.model import Agent, Policy, Tool
+from sandboxd.policy.policyfile import Written
+from sandboxd.policy.problems import Problems
+from sandboxd.policy.toolcheck import check_environment, check_mounts
+from sandboxd.policy.values import nearest
+from sandboxd.policy.yamlpos import Document
+from sandboxd.policy.yamlpos import Path as Place
+
+if TYPE_CHECKING:
+    from sandboxd.policy.loader import Loaded
+
+__all__ = ["check"]
+
+
+def check(
+    loaded: Loaded, policies: Mapping[str, Policy], directory: Path, problems: Problems
+) -> None:
+    """Note every problem that needs more than one file to see."""
+    for agent, document in loaded.agents.values():
+        _check_agent(agent, document, loaded, policies, problems)
+        _check_reach(agent, document, loaded, directory, problems)
+    for tool, document in loaded.tools.values():
+        _check_tool_mounts(tool, document, loaded, directory, problems)
+    for written in loaded.policies.values():
+        _check_rules(written, loaded, problems)
+    _check_settings(loaded, problems)
+
+
+def _check_settings(loaded: Loaded, problems: Problems) -> None:
+    document, settings = loaded.settings_document, loaded.settings
+    if document is None:
+        return
+    key = settings.key
+    if key is not None:
+        kinds = [
+            key.file is not None,
+            key.credential is not None,
+            key.passphrase or key.passphrase_file is not None,
+        ]
+        if sum(kinds) != 1:
+            problems.add(
+                document.file,
+                document.at(("key",)),
+                "expected exactly one of file, credential and passphrase",
+            )
+        if key.credential is not None and (
+            not key.credential or "/" in key.credential or key.credential.startswith(".")
+        ):
+            problems.add(
+                document.file,
+                document.at(("key", "credential")),
+                "expected a credential's name",
+                "it is a file in $CREDENTIALS_DIRECTORY",
+            )
+    uids = settings.uid_range
+    # 0xFFFF and 0xFFFFFFFF are no users (setreuid(2)); below 65536 are the host's own.
+    if uids.first < 65_536 or uids.first + uids.count > 0x7FFF_FFFF:
+        problems.add(
+            document.file,
+            document.at(("uid_range",)),
+            "expected a range of user ids between 65536 and 2147483646",
+        )
+
+
+def _check_agent(
+    agent: Agent,
+    document: Document,
+    loaded: Loaded,
+    policies: Mapping[str, Policy],
+    problems: Problems,
+) -> None:
+    file = document.file
+    if not agent.command or not agent.command[0]:
+        problems.add(file, document.at(("command",)), "expected at least a program in command")
+    check_environment(agent.environment, agent.allow_environment, document, problems, refuse=True)
+    check_mounts(agent.mounts, document, problems)
+    seen: set[str] = set()
+    for index, name in enumerate(agent.tools):
+        at = document.at(("tools", index))
+        if name in seen:
+            problems.add(file, at, f"the tool '{name}' is listed twice")
+        elif name not in loaded.tools and name not in loaded.broken["tools"]:
+            problems.add(file, at, f"no tool '{name}'", nearest(name, loaded.tools))
+        seen.add(name)
+    policy = policies.get(agent.policy)
+    if policy is None:
+        if agent.policy not in loaded.broken["policies"] and agent.policy not in loaded.policies:
+            problems.add(
+                file,
+                document.at(("policy",)),
+                f"no policy '{agent.policy}'",
+                nearest(agent.policy, policies),
+            )
+        return
+    if agent.network == "host" and policy.agent_network == "none":
+        problems.add(
+            file,
+            document.at(("network",)),
+            f"network: host, and policy '{policy.name}' allows its agents none",
+            "take a policy with agent_network: host, such as 'agent'",
+        )
+    for index, name in enumerate(agent.tools):
+        tool = loaded.tools.get(name)
+        if tool and tool[0].network == "host" and policy.network == "none":
+            problems.warn(
+                file,
+                document.at(("tools", index)),
+                f"{name} needs network: host, and policy '{policy.name}' allows none: "
+                "every call will be denied",
+            )
+
+
+def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
+    document = written.document
+    kinds: tuple[tuple[str, str, set[str]], ...] = (
+        ("allow", "tool", {*loaded.tools, *loaded.broken["tools"]}),
+        ("deny", "tool", {*loaded.tools, *loaded.broken["tools"]}),
+        ("agents", "agent", {*loaded.agents, *loaded.broken["agents"]}),
+    )
+    for index, rule in enumerate(written.file.rules):
+        for key, kind, known in kinds:
+            globs = getattr(rule, key)
+            stated = isinstance(document.value["rules"][index].get(key), list)
+            for position, pattern in enumerate(globs.patterns if globs else ()):
+                path: Place = ("rules", index, key, *((position,) if stated else ()))
+                if "*" not in pattern and pattern not in known:
+                    problems.add(
+                        document.file,
+                        document.at(path),
+                        f"no {kind} '{pattern}'",
+                        nearest(pattern, known),
+                    )
+                elif pattern != "*" and not any(matches_glob(pattern, name) for name in known):
+                    problems.warn(
+                        document.file, document.at(path), f"'{pattern}' matches no {kind}"
+                    )
+        chosen = rule.allow or rule.deny
+        for name in rule.when if chosen else ():
+            _check_argument(
+                name, chosen.patterns if chosen else (), index, document, loaded, problems
+            )
+
+
+def _check_argument(
+    name: str,
+    patterns: Iterable[str],
+    index: int,
+    document: Document,
+    loaded: Loaded,
+    problems: Problems,
+) -> None:
+    """A condition on an argument that no matching tool has can only be a mistake."""
+    matching = [
+        tool
+        for tool, _ in loaded.tools.values()
+        if any(matches_glob(pattern, tool.name) for pattern in patterns)
+    ]
+    properties = {key for tool in matching for key in tool.input_schema.get("properties", {})}
+    if matching and name not in properties:
+        problems.add(
+            document.file,
+            document.key_at(("rules", index, "when", name)),
+            f"no tool that this rule matches has an argument '{name}'",
+            nearest(name, properties),
+        )
+
+
+def _check_reach(
+    agent: Agent, document: Document, loaded: Loaded, directory: Path, problems: Problems
+) -> None:
+    """No agent may see the configuration or the key, nor write where a tool's program lives."""
+    places: list[tuple[Place, Path, bool]] = [
+        (("mounts", i, "source"), Path(m.source), m.mode == "rw")
+        for i, m in enumerate(agent.mounts)
+    ]
+    if agent.workspace.path is not None:
+        places.append((("workspace", "path"), agent.workspace.path, agent.workspace.mode == "rw"))
+    for path, place, writable in places:
+        for what, own in _own(loaded, directory):
+            if _overlap(place, own):
+                problems.add(document.file, document.at(path), f"{place} would show {what}, {own}")
+        if writable:
+            for tool, _ in loaded.tools.values():
+                if _overlap(place, tool.directory) or _overlap(place, tool.program):
+                    problems.add(
+                        document.file,
+                        document.at(path),
+                        f"{place} would let it change the program of {tool.name}",
+                    )
+
+
+def _check_tool_mounts(
+    tool: Tool, document: Document, loaded: Loaded, directory: Path, problems: Problems
+) -> None:
+    for index, mount in enumerate(tool.mounts):
+        for what, own in _own(loaded, directory):
+            if _overlap(Path(mount.source), own):
+                problems.add(
+                    document.file,
+                    document.at(("mounts", index, "source")),
+                    f"{mount.source} would show {what}, {own}",
+                )
+
+
+def _own(loaded: Loaded, directory: Path) -> Iterator[tuple[str, Path]]:
+    yield "the configuration", directory
+    key = loaded.settings.key
+    for path in (key.file, key.passphrase_file) if key else ():
+        if path is not None:
+            yield "the master key", Path(path)
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    one, other = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return one == other or one in other.parents or other in one.parents

@@ -1,0 +1,329 @@
+"""What the configuration files say, as frozen classes. cattrs builds them from YAML.
+
+A field whose metadata has ``loaded`` is not a key of the file: the loader fills it in. A field
+with ``key`` has another name in the file. Limits are in bytes and seconds; None means that the
+file doesn't say.
+"""
+
+# ruff: noqa: RUF009 - every default is a frozen value
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+import attrs
+
+from sandboxd.policy.template import Template
+from sandboxd.policy.values import (
+    AbsolutePath,
+    Count,
+    Duration,
+    Glob,
+    Line,
+    ProgramPath,
+    Size,
+    Slug,
+    ToolName,
+    VariableName,
+)
+
+__all__ = [
+    "Agent",
+    "Annotations",
+    "Condition",
+    "Config",
+    "Key",
+    "Limits",
+    "Mount",
+    "Policy",
+    "Rule",
+    "SecretSpec",
+    "Settings",
+    "Stdin",
+    "Tool",
+    "UidRange",
+    "Workspace",
+]
+
+Network = Literal["none", "host"]
+Access = Literal["none", "ro", "rw"]
+Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
+
+#: What a host can be asked to have, by the names that `sandboxctl doctor` prints.
+Feature = Literal[
+    "user_namespace",
+    "mount_namespace",
+    "pid_namespace",
+    "network_namespace",
+    "ipc_namespace",
+    "uts_namespace",
+    "cgroup_namespace",
+    "landlock",
+    "seccomp",
+    "cgroup",
+]
+
+
+def _loaded(default: Any, **options: Any) -> Any:
+    return attrs.field(default=default, metadata={"loaded": True}, **options)
+
+
+def _empty() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@attrs.frozen
+class Limits:
+    """Bounds of one process tree. None: not limited by this file."""
+
+    memory: Size | None = None
+    processes: Count | None = None
+    files: Count | None = None
+    cpu: Duration | None = None
+    file_size: Size | None = None
+    tmp_size: Size | None = None
+
+    def narrowed(self, other: Limits) -> Limits:
+        """The smaller of the two, field by field."""
+        return Limits(*(least(a, b) for a, b in zip(_fields(self), _fields(other), strict=True)))
+
+    def over(self, base: Limits) -> Limits:
+        """These limits, with ``base`` where they say nothing."""
+        pairs = zip(_fields(self), _fields(base), strict=True)
+        return Limits(*(b if a is None else a for a, b in pairs))
+
+
+def _fields(limits: Limits) -> tuple[Any, ...]:
+    return attrs.astuple(limits, recurse=False)
+
+
+def least(a: Bound | None, b: Bound | None) -> Bound | None:
+    """The smaller of two bounds, where None is no bound."""
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
+
+
+#: What a tool call gets where its manifest says nothing.
+TOOL_LIMITS = Limits(
+    memory=Size(1 << 30),
+    processes=Count(64),
+    files=Count(256),
+    cpu=Duration(60.0),
+    file_size=Size(1 << 30),
+    tmp_size=Size(64 << 20),
+)
+
+#: What an agent gets where its file says nothing. No CPU limit: an agent runs as long as it must.
+AGENT_LIMITS = Limits(
+    memory=Size(4 << 30),
+    processes=Count(256),
+    files=Count(1024),
+    tmp_size=Size(256 << 20),
+)
+
+
+@attrs.frozen
+class Key:
+    """Where the master key comes from: ``kind`` is file, credential or passphrase."""
+
+    file: AbsolutePath | None = None
+    credential: str | None = None
+    passphrase: bool = False
+    passphrase_file: AbsolutePath | None = None
+
+    @property
+    def kind(self) -> Literal["file", "credential", "passphrase"]:
+        if self.file is not None:
+            return "file"
+        return "credential" if self.credential is not None else "passphrase"
+
+
+@attrs.frozen
+class UidRange:
+    """Host user ids that sandboxes run as when the launcher is privileged."""
+
+    first: int
+    count: Count
+
+
+@attrs.frozen
+class Settings:
+    """sandboxd.yaml."""
+
+    key: Key | None = None  # None: the daemon's default
+    user: str = "sandboxd"
+    admin_group: str = "sandboxd"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    max_sessions: Count = Count(64)
+    max_concurrent_calls: Count = Count(16)
+    uid_range: UidRange = UidRange(first=1_879_048_192, count=Count(65_536))
+
+
+@attrs.frozen
+class Workspace:
+    """The agent's own files, at /workspace. ``path`` None: STATE/workspaces/SLUG."""
+
+    path: AbsolutePath | None = None
+    mode: Access = "rw"
+
+
+@attrs.frozen
+class Mount:
+    """A host file or directory that appears in the sandbox."""
+
+    source: AbsolutePath
+    target: AbsolutePath
+    mode: Literal["ro", "rw"] = "ro"
+
+
+@attrs.frozen
+class Agent:
+    """agents/SLUG.yaml."""
+
+    description: Line
+    command: tuple[str, ...]
+    args_allowed: bool = False
+    policy: Slug = Slug("default")
+    tools: tuple[ToolName, ...] = ()
+    environment: Mapping[str, str] = attrs.field(factory=_empty)
+    allow_environment: Mapping[str, Line] = attrs.field(factory=_empty)
+    workspace: Workspace = Workspace()
+    mounts: tuple[Mount, ...] = ()
+    network: Network = "none"
+    limits: Limits = Limits()
+    slug: str = _loaded("")
+    source: str = _loaded("")
+
+
+@attrs.frozen
+class SecretSpec:
+    """One variable of the agent's store that a tool gets, and how.
+
+    ``env``: in the environment as ``as_name``. ``file``: at /run/secrets/``as_name``. ``fd``: on a
+    descriptor whose number stands in the environment variable ``as_name``. ``stdin``: it is the
+    whole standard input.
+    """
+
+    variable: VariableName
+    as_name: str = attrs.field(default="", metadata={"key": "as"})
+    delivery: Literal["env", "file", "stdin", "fd"] = "env"
+    required: bool = True
+
+
+@attrs.frozen
+class Stdin:
+    """Standard input of a tool: nothing, the arguments as JSON, or one argument's text."""
+
+    kind: Literal["none", "json", "text"] = "none"
+    argument: str = ""
+
+
+@attrs.frozen
+class Annotations:
+    """Hints for MCP clients; no decision depends on them."""
+
+    title: Line | None = None
+    readOnlyHint: bool | None = None  # noqa: N815, RUF100 - the protocol's own spelling
+    destructiveHint: bool | None = None  # noqa: N815, RUF100
+    idempotentHint: bool | None = None  # noqa: N815, RUF100
+    openWorldHint: bool | None = None  # noqa: N815, RUF100
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what the manifest says, as MCP spells it."""
+        return {name: value for name, value in attrs.asdict(self).items() if value is not None}
+
+
+@attrs.frozen
+class Tool:
+    """tools/NAME/tool.yaml. ``program`` and ``directory`` are real paths: no symbolic links."""
+
+    name: ToolName
+    description: Line
+    program: ProgramPath
+    input_schema: Mapping[str, Any] = attrs.field(metadata={"key": "input"})
+    runtime: Literal["none", "python"] = "none"
+    argv: Template = Template()
+    stdin: Stdin = Stdin()
+    environment: Mapping[str, str] = attrs.field(factory=_empty)
+    allow_environment: Mapping[str, Line] = attrs.field(factory=_empty)
+    secrets: tuple[SecretSpec, ...] = ()
+    workspace: Access = "none"
+    mounts: tuple[Mount, ...] = ()
+    network: Network = "none"
+    timeout: Duration = Duration(60.0)
+    output_limit: Size = Size(1 << 20)
+    on_overflow: Literal["truncate", "kill"] = "truncate"
+    limits: Limits = Limits()
+    annotations: Annotations = Annotations()
+    replaces: Literal["shipped"] | None = None
+    directory: Path = _loaded(Path())
+    digest: str = _loaded("")
+    source: str = _loaded("")
+    shipped: bool = _loaded(False)
+    validator: Any = _loaded(None, eq=False, repr=False)
+
+
+@attrs.frozen
+class Condition:
+    """What one argument must be for a rule to match: exactly one of the three."""
+
+    equals: Any = attrs.NOTHING
+    any_of: tuple[Any, ...] | None = None
+    glob: str | None = None
+
+
+@attrs.frozen
+class Rule:
+    """One line of a policy: it matches by tool, agent and arguments, and then it decides."""
+
+    verdict: Literal["allow", "deny"]
+    tools: tuple[Glob, ...]
+    agents: tuple[Glob, ...] = (Glob("*"),)
+    when: Mapping[str, Condition] = attrs.field(factory=_empty)
+    reason: str = ""
+    source: str = ""
+
+    @property
+    def title(self) -> str:
+        """How audit and explain name it: file, line and what it does."""
+        return f"{self.source} {self.verdict} {', '.join(self.tools)}"
+
+
+@attrs.frozen
+class Policy:
+    """policies/NAME.yaml, with what it extends already merged: rules joined, ceilings narrowed."""
+
+    name: Slug
+    description: Line
+    rules: tuple[Rule, ...] = ()
+    extends: Slug | None = None
+    network: Network = "none"
+    agent_network: Network = "none"
+    workspace: Access = "rw"
+    limits: Limits = Limits()
+    agent_limits: Limits = Limits()
+    timeout: Duration | None = None
+    output_limit: Size | None = None
+    require: tuple[Feature, ...] = ()
+    source: str = _loaded("")
+    shipped: bool = _loaded(False)
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """Isolation layers that something under this policy may go without."""
+        return ("network",) if "host" in (self.network, self.agent_network) else ()
+
+
+@attrs.frozen
+class Config:
+    """Everything that was loaded: checked as a whole, never changed afterwards."""
+
+    settings: Settings
+    agents: Mapping[str, Agent]
+    tools: Mapping[str, Tool]
+    policies: Mapping[str, Policy]
+    generation: str
+    warnings: tuple[str, ...] = ()

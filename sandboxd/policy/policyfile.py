@@ -1,0 +1,198 @@
+"""Policy files and how one extends another: its rules come first, its ceilings only narrow."""
+
+# ruff: noqa: RUF009 - every default is a frozen value
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+
+from sandboxd.policy.model import (
+    Access,
+    Condition,
+    Feature,
+    Limits,
+    Network,
+    Policy,
+    Rule,
+    least,
+)
+from sandboxd.policy.problems import Problems
+from sandboxd.policy.values import Duration, Glob, Line, Size, Slug, nearest
+from sandboxd.policy.yamlpos import Document
+
+__all__ = ["Globs", "PolicyFile", "RuleFile", "Written", "resolve_policies"]
+
+
+@attrs.frozen
+class Globs:
+    """One pattern or a list of them."""
+
+    patterns: tuple[Glob, ...]
+
+
+def _none() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@attrs.frozen
+class RuleFile:
+    """One rule as it is written: exactly one of ``allow`` and ``deny``."""
+
+    allow: Globs | None = None
+    deny: Globs | None = None
+    agents: Globs = Globs((Glob("*"),))
+    when: Mapping[str, Condition] = attrs.field(factory=_none)
+    reason: Line = Line("")
+
+
+@attrs.frozen
+class PolicyFile:
+    """policies/NAME.yaml as it is written; None where it leaves the choice to what it extends."""
+
+    description: Line
+    extends: Slug | None = None
+    rules: tuple[RuleFile, ...] = ()
+    network: Network | None = None
+    agent_network: Network | None = None
+    workspace: Access | None = None
+    limits: Limits = Limits()
+    agent_limits: Limits = Limits()
+    timeout: Duration | None = None
+    output_limit: Size | None = None
+    require: tuple[Feature, ...] = ()
+
+
+@attrs.frozen
+class Written:
+    """One policy file with its place."""
+
+    document: Document
+    label: str
+    shipped: bool
+    file: PolicyFile
+
+
+def resolve_policies(
+    files: Mapping[str, Written], broken: frozenset[str], problems: Problems
+) -> dict[str, Policy]:
+    """Every policy merged with what it extends. ``broken`` names files already reported."""
+    return {
+        name: policy
+        for name in files
+        if (policy := _resolve(name, files, broken, (), problems)) is not None
+    }
+
+
+def _resolve(
+    name: str,
+    files: Mapping[str, Written],
+    broken: frozenset[str],
+    below: tuple[str, ...],
+    problems: Problems,
+) -> Policy | None:
+    written = files[name]
+    document, file = written.document, written.file
+    at = document.at(("extends",))
+    parent: Policy | None = None
+    if file.extends is not None:
+        if file.extends == name or file.extends in below:
+            if not below:  # told once for each file of the circle
+                problems.add(document.file, at, f"'{name}' extends itself, in a circle")
+            return None
+        if file.extends in broken:
+            return None
+        if file.extends not in files:
+            if not below:
+                problems.add(
+                    document.file,
+                    at,
+                    f"no policy '{file.extends}'",
+                    nearest(file.extends, files),
+                )
+            return None
+        parent = _resolve(file.extends, files, broken, (*below, name), problems)
+        if parent is None:
+            if not below and _in_circle(name, files):
+                problems.add(document.file, at, f"'{name}' extends itself, in a circle")
+            return None
+    report = problems if not below else Problems()
+    base = parent or Policy(
+        name=Slug(name), description=file.description, network="host", agent_network="host"
+    )
+    network = file.network or (parent.network if parent else "none")
+    merged = Policy(
+        name=Slug(name),
+        description=file.description,
+        extends=file.extends,
+        rules=_rules(written, report) + base.rules,
+        network=network,
+        agent_network=file.agent_network or ("none" if network == "none" else base.agent_network),
+        workspace=file.workspace or base.workspace,
+        limits=base.limits.narrowed(file.limits),
+        agent_limits=base.agent_limits.narrowed(file.agent_limits),
+        timeout=least(file.timeout, base.timeout),
+        output_limit=least(file.output_limit, base.output_limit),
+        require=tuple(dict.fromkeys((*base.require, *file.require))),
+        source=written.label,
+        shipped=written.shipped,
+    )
+    if parent:
+        _check_narrower(merged, parent, document, report)
+    if merged.agent_network == "host" and merged.network == "none":
+        report.add(
+            document.file,
+            document.at(("agent_network",)),
+            "agent_network: host needs network: host, which this policy doesn't allow",
+        )
+    return merged
+
+
+def _in_circle(name: str, files: Mapping[str, Written]) -> bool:
+    seen: set[str] = set()
+    current: str | None = files[name].file.extends
+    while current is not None and current in files and current not in seen:
+        if current == name:
+            return True
+        seen.add(current)
+        current = files[current].file.extends
+    return False
+
+
+def _check_narrower(policy: Policy, parent: Policy, document: Document, problems: Problems) -> None:
+    for key in ("network", "agent_network", "workspace"):
+        order = typing.get_args(Access) if key == "workspace" else typing.get_args(Network)
+        mine, theirs = getattr(policy, key), getattr(parent, key)
+        if order.index(mine) > order.index(theirs):
+            problems.add(
+                document.file,
+                document.at((key,)),
+                f"{key}: {mine} is wider than the {theirs} of '{parent.name}', which it extends",
+                "a policy can only narrow what it extends",
+            )
+
+
+def _rules(written: Written, problems: Problems) -> tuple[Rule, ...]:
+    rules: list[Rule] = []
+    document = written.document
+    for index, rule in enumerate(written.file.rules):
+        at = document.at(("rules", index))
+        if (rule.allow is None) == (rule.deny is None):
+            problems.add(document.file, at, "expected exactly one of allow and deny in a rule")
+            continue
+        chosen = rule.allow or rule.deny
+        assert chosen is not None
+        rules.append(
+            Rule(
+                "allow" if rule.allow else "deny",
+                chosen.patterns,
+                rule.agents.patterns,
+                rule.when,
+                rule.reason,
+                f"{written.label}:{at.line}",
+            )
+        )
+    return tuple(rules)

@@ -1,0 +1,300 @@
+"""Checks of one tool manifest that need more than types: its schema, program, secrets, template."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from sandboxd import names
+from sandboxd.errors import Denied, Invalid
+from sandboxd.policy.arguments import check_schema
+from sandboxd.policy.files import Trust, sha256_of
+from sandboxd.policy.model import Mount, SecretSpec, Tool
+from sandboxd.policy.problems import Problems
+from sandboxd.policy.values import ProgramPath, Wrong, nearest
+from sandboxd.policy.yamlpos import Document
+
+__all__ = ["check_environment", "check_mounts", "check_program", "complete_tool"]
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+
+#: Never a constant of a tool or an agent: the broker sets them itself.
+_OURS = ("SANDBOXD_", "LISTEN_", "NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY", "WATCHDOG_")
+
+#: Places in a sandbox that its own build fills.
+_RESERVED = ("/proc", "/sys", "/dev", "/run/sandboxd", "/run/secrets")
+_RESERVED_ALONE = frozenset(
+    (
+        "/",
+        "/bin",
+        "/sbin",
+        "/lib",
+        "/lib32",
+        "/lib64",
+        "/usr",
+        "/etc",
+        "/run",
+        "/tmp",  # noqa: S108 - a place in the sandbox
+        "/home",
+        "/var",
+        "/root",
+        "/workspace",
+    )
+)
+#: Host trees that would open the sandbox.
+_HOST_TREES = ("/proc", "/sys", "/dev")
+
+
+def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Problems) -> Tool | None:
+    """The tool with its validator, real program path and digest; None after noting problems."""
+    before = len(problems.errors)
+    validator = None
+    try:
+        validator = check_schema(tool.input_schema)
+    except Wrong as wrong:
+        place = document.at(("input", *wrong.path))
+        problems.add(document.file, place, wrong.message, wrong.hint)
+    _check_arguments_used(tool, document, problems)
+    _check_secrets(tool, document, problems)
+    check_environment(
+        tool.environment,
+        tool.allow_environment,
+        document,
+        problems,
+        refuse=False,
+        quiet=tool.shipped,
+    )
+    check_mounts(tool.mounts, document, problems)
+    program, digest = _program(tool, document, trust, problems)
+    if len(problems.errors) > before:
+        return None
+    if tool.input_schema.get("additionalProperties") is not False and not tool.shipped:
+        problems.warn(
+            document.file,
+            document.key_at(("input",)),
+            f"{tool.name} takes arguments that its schema doesn't name; "
+            "add additionalProperties: false",
+        )
+    return attrs.evolve(tool, validator=validator, program=program, digest=digest)
+
+
+def check_program(tool: Tool) -> None:
+    """Raise Denied if the program is no longer the one that was loaded. Call it before a launch."""
+    try:
+        same = sha256_of(tool.program) == tool.digest
+    except OSError as error:
+        raise Denied(
+            f"the program of {tool.name} can't be read: {os.strerror(error.errno or 0)}",
+            rule=f"{tool.source} program",
+        ) from None
+    if not same:
+        raise Denied(
+            f"the program of {tool.name} changed after the configuration was loaded",
+            rule=f"{tool.source} program",
+            hint="look at what changed it, then: sandboxctl reload",
+        )
+
+
+def check_environment(
+    environment: Mapping[str, str],
+    allowed: Mapping[str, str],
+    document: Document,
+    problems: Problems,
+    *,
+    refuse: bool,
+    quiet: bool = False,
+) -> None:
+    """Constants: values that execve takes, and names that steer a loader only on purpose.
+
+    With ``refuse`` such a name is a problem unless ``allow_environment`` gives a reason for it;
+    without, it is a warning that says what the variable does (none when ``quiet``).
+    """
+    for name, value in environment.items():
+        path = ("environment", name)
+        try:
+            names.variable_name(name)
+        except Invalid as refused:
+            problems.add(document.file, document.key_at(path), refused.message, refused.hint)
+            continue
+        if name.upper().startswith(_OURS):
+            problems.add(document.file, document.key_at(path), f"{name} is set by sandboxd alone")
+            continue
+        try:
+            names.variable_value(name, value.encode("utf-8", "surrogatepass"))
+        except Invalid as refused:
+            problems.add(document.file, document.at(path), refused.message, refused.hint)
+        reason = names.loader_reason(name)
+        if not reason or name in allowed or quiet:
+            continue
+        if refuse:
+            problems.add(
+                document.file,
+                document.key_at(path),
+                f"{name} is refused: {reason}",
+                f"if it must be: allow_environment: {{{name}: the reason}}",
+            )
+        else:
+            problems.warn(document.file, document.key_at(path), f"{name} is set: {reason}")
+    for name in allowed:
+        if name not in environment:
+            problems.add(
+                document.file,
+                document.key_at(("allow_environment", name)),
+                f"{name} is not in environment",
+                nearest(name, environment),
+            )
+
+
+def check_mounts(mounts: tuple[Mount, ...], document: Document, problems: Problems) -> None:
+    """Mounts that neither hide what the sandbox is made of nor open the host."""
+    targets: set[Path] = set()
+    for index, mount in enumerate(mounts):
+        path = ("mounts", index)
+        source, target = os.fspath(mount.source), os.fspath(mount.target)
+        if source == "/" or _within(source, _HOST_TREES):
+            problems.add(
+                document.file,
+                document.at((*path, "source")),
+                f"{source} of the host is never mounted",
+            )
+        elif _is_socket(source):
+            problems.add(
+                document.file,
+                document.at((*path, "source")),
+                f"{source} is a socket, a way out of the sandbox",
+            )
+        if target in _RESERVED_ALONE or _within(target, _RESERVED):
+            problems.add(
+                document.file,
+                document.at((*path, "target")),
+                f"{target} belongs to the sandbox itself",
+                "mount below another place",
+            )
+        if mount.target in targets:
+            problems.add(
+                document.file, document.at((*path, "target")), f"{target} is mounted twice"
+            )
+        targets.add(mount.target)
+
+
+def _within(path: str, trees: tuple[str, ...]) -> bool:
+    return any(path == tree or path.startswith(f"{tree}/") for tree in trees)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(Path(path).stat().st_mode)
+    except OSError:
+        return False
+
+
+def _check_arguments_used(tool: Tool, document: Document, problems: Problems) -> None:
+    properties = tool.input_schema.get("properties")
+    if not isinstance(properties, dict):
+        properties = {}
+    for name in sorted(tool.argv.names - set(properties)):
+        problems.add(
+            document.file,
+            document.at(("argv",)),
+            f"argv uses {names.shown(name)}, which input has no property for",
+            nearest(name, properties),
+        )
+    if tool.stdin.kind == "text" and tool.stdin.argument not in properties:
+        problems.add(
+            document.file,
+            document.at(("stdin", "text")),
+            f"stdin uses {names.shown(tool.stdin.argument)}, which input has no property for",
+            nearest(tool.stdin.argument, properties),
+        )
+
+
+def _check_secrets(tool: Tool, document: Document, problems: Problems) -> None:
+    taken: dict[tuple[str, str], int] = {}
+    for index, secret in enumerate(tool.secrets):
+        at = document.at(("secrets", index))
+        reason = names.loader_reason(secret.variable)
+        if reason:
+            problems.add(
+                document.file,
+                at,
+                f"no store holds {secret.variable}: {reason}",
+                "name the variable otherwise and use 'as'",
+            )
+        message = _secret_problem(secret, tool)
+        place = ("env" if secret.delivery == "fd" else secret.delivery, secret.as_name)
+        if not message and secret.as_name and place in taken:
+            message = f"'{secret.as_name}' is delivered twice"
+        taken[place] = index
+        if message:
+            problems.add(document.file, at, message)
+        elif secret.delivery in ("env", "fd") and not tool.shipped:
+            loader = names.loader_reason(secret.as_name)
+            if loader:
+                problems.warn(document.file, at, f"{secret.as_name} is set: {loader}")
+    if sum(secret.delivery == "stdin" for secret in tool.secrets) > 1:
+        problems.add(document.file, document.at(("secrets",)), "two secrets on one standard input")
+
+
+def _secret_problem(secret: SecretSpec, tool: Tool) -> str:
+    if secret.delivery == "stdin":
+        if secret.as_name != secret.variable:
+            return "'as' has no meaning with delivery: stdin"
+        if tool.stdin.kind != "none":
+            return f"delivery: stdin doesn't go with stdin: {tool.stdin.kind}"
+    elif secret.delivery == "file":
+        if not _FILE_NAME.fullmatch(secret.as_name):
+            return f"{names.shown(secret.as_name)} is not a file name for /run/secrets"
+    else:
+        try:
+            names.variable_name(secret.as_name)
+        except Invalid as refused:
+            return refused.message
+        if secret.as_name in tool.environment:
+            return f"{secret.as_name} is a constant in environment already"
+        if secret.as_name.upper().startswith(_OURS):
+            return f"{secret.as_name} is set by sandboxd alone"
+    return ""
+
+
+def _program(
+    tool: Tool, document: Document, trust: Trust, problems: Problems
+) -> tuple[ProgramPath, str]:
+    """The program's real path and digest, if it and its folder can be trusted."""
+    at = document.at(("program",))
+    inside = not tool.program.is_absolute()
+    path = tool.directory / tool.program
+    real = Path(os.path.realpath(path))
+    message = hint = digest = ""
+    if inside and real != path:
+        message = f"{tool.program} is or is below a symbolic link; expected a file in the folder"
+    elif not real.exists():
+        message = f"no file {real}"
+        siblings = [p.name for p in tool.directory.iterdir() if p.name != "tool.yaml"]
+        hint = nearest(str(tool.program), siblings) if inside else ""
+    else:
+        message = trust.refusal(tool.directory) or trust.tree_refusal(tool.directory)
+        message = message or trust.refusal(real) or _not_runnable(real, tool)
+    if not message:
+        try:
+            digest = sha256_of(real)
+        except OSError as error:
+            message = f"{real} can't be read: {os.strerror(error.errno or 0)}"
+    if message:
+        problems.add(document.file, at, message, hint)
+    return ProgramPath(real), digest
+
+
+def _not_runnable(real: Path, tool: Tool) -> str:
+    status = real.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return f"{real} is not a regular file"
+    if status.st_mode & (stat.S_ISUID | stat.S_ISGID):
+        return f"{real} is setuid or setgid"
+    if tool.runtime == "none" and not status.st_mode & 0o111:
+        return f"{real} is not executable"
+    return ""

@@ -1,0 +1,232 @@
+"""The single values of a configuration: strict, with a reason for each refusal.
+
+A number is never a boolean and never a text, a size has a unit, a path is absolute. Each check
+takes what the YAML reader found and returns the typed value or raises :class:`Wrong`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os.path
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NewType
+
+from sandboxd import names
+from sandboxd.errors import Invalid
+
+__all__ = [
+    "AbsolutePath",
+    "Count",
+    "Duration",
+    "Glob",
+    "Line",
+    "ProgramPath",
+    "Size",
+    "Slug",
+    "ToolName",
+    "VariableName",
+    "Wrong",
+    "checks",
+    "choice",
+    "found",
+    "nearest",
+]
+
+Size = NewType("Size", int)
+Duration = NewType("Duration", float)
+Count = NewType("Count", int)
+Line = NewType("Line", str)
+AbsolutePath = NewType("AbsolutePath", Path)
+ProgramPath = NewType("ProgramPath", Path)
+Slug = NewType("Slug", str)
+ToolName = NewType("ToolName", str)
+VariableName = NewType("VariableName", str)
+Glob = NewType("Glob", str)
+
+MAX_SIZE = 1 << 50
+MAX_DURATION = 366 * 86_400.0
+MAX_COUNT = 1 << 31
+
+_SIZE = re.compile(r"([0-9]{1,12})([KMGT])?(?:i?B)?")
+_SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_GLOB = re.compile(r"[a-z0-9*][a-z0-9_*-]*")
+
+
+class Wrong(Exception):
+    """A value that breaks its rule. ``path`` leads to it from where the check started."""
+
+    def __init__(self, message: str, hint: str = "", path: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.message, self.hint, self.path = message, hint, path
+
+
+def found(value: Any) -> str:
+    """What was found instead, for a message: its kind, and the value where it is short."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the text {names.shown(value, 40)}"
+    return "a list" if isinstance(value, list) else "a mapping"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the known word nearest to ``word``, or the known ones, or ""."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word.lower(), known, 1, 0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(known)}" if known else ""
+
+
+def choice(value: Any, allowed: Iterable[str]) -> str:
+    """One of the words in ``allowed``."""
+    allowed = tuple(allowed)
+    if isinstance(value, str) and value in allowed:
+        return value
+    hint = nearest(value, allowed) if isinstance(value, str) else ""
+    raise Wrong(
+        f"expected {' or '.join(allowed)}, found {found(value)}",
+        "" if hint.startswith("known") else hint,
+    )
+
+
+def text(value: Any) -> str:
+    """Any text without NUL."""
+    if not isinstance(value, str):
+        hint = "put it in quotes" if isinstance(value, bool | int | float) else ""
+        raise Wrong(f"expected text, found {found(value)}", hint)
+    if "\0" in value:
+        raise Wrong("a NUL character, which no program can be given")
+    return value
+
+
+def line(value: Any) -> Line:
+    """Text for people: not empty, no control characters but line ends."""
+    words = text(value)
+    if not words.strip():
+        raise Wrong("expected some text, found an empty one")
+    if any(not c.isprintable() and c != "\n" for c in words):
+        raise Wrong("a control or invisible character in a text that people read")
+    return Line(words)
+
+
+def boolean(value: Any) -> bool:
+    """true or false, nothing that looks like it."""
+    if not isinstance(value, bool):
+        raise Wrong(f"expected true or false, found {found(value)}")
+    return value
+
+
+def integer(value: Any) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        hint = "drop the quotes" if isinstance(value, str) and value.isdecimal() else ""
+        raise Wrong(f"expected a whole number, found {found(value)}", hint)
+    return value
+
+
+def count(value: Any) -> Count:
+    """A whole number from 1 on."""
+    number = integer(value)
+    if not 1 <= number < MAX_COUNT:
+        raise Wrong(f"expected a whole number from 1 to {MAX_COUNT - 1:,}, found {number:,}")
+    return Count(number)
+
+
+def size(value: Any) -> Size:
+    """Bytes: ``512K``, ``64M``, ``2G`` (powers of 1024) or a bare number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise Wrong(f"expected a size, found {found(value)}", "write 512K, 64M or 2G")
+        number = int(match[1]) * _SIZE_UNITS[match[2]]
+    if not 1 <= number <= MAX_SIZE:
+        raise Wrong(f"expected a size from 1 to {MAX_SIZE:,} bytes, found {number:,}")
+    return Size(number)
+
+
+def duration(value: Any) -> Duration:
+    """Seconds: ``500ms``, ``30s``, ``5m``, ``2h``, ``1d``, or a bare whole number of seconds."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        seconds = float(min(value, 1 << 53))
+    else:
+        match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            raise Wrong(f"expected a duration, found {found(value)}", "write 500ms, 30s, 5m or 2h")
+        seconds = float(match[1]) * _DURATION_UNITS[match[2]]
+    if not 0 < seconds <= MAX_DURATION:
+        raise Wrong(f"expected a duration over zero and at most 366d, found {found(value)}")
+    return Duration(seconds)
+
+
+def absolute_path(value: Any) -> AbsolutePath:
+    """An absolute path as it stands: no ``..``, no doubled or trailing slash."""
+    words = text(value)
+    if not words.startswith("/"):
+        raise Wrong(
+            f"expected an absolute path, found {found(value)}",
+            "~ is not expanded; write the whole path" if words.startswith("~") else "",
+        )
+    if os.path.normpath(words) != words or words.startswith("//"):
+        raise Wrong(
+            f"the path {names.shown(words)} is not in its plain form",
+            f"write {names.shown('/' + os.path.normpath(words).lstrip('/'))}",
+        )
+    return AbsolutePath(Path(words))
+
+
+def program_path(value: Any) -> ProgramPath:
+    """An absolute path, or one inside the tool's folder."""
+    words = text(value)
+    if words.startswith("/"):
+        return ProgramPath(absolute_path(value))
+    if not words or os.path.normpath(words) != words or words.split("/")[0] in ("..", ".", "~"):
+        raise Wrong(
+            f"expected an absolute path or one inside the tool's folder, found {found(value)}"
+        )
+    return ProgramPath(Path(words))
+
+
+def glob(value: Any) -> Glob:
+    """A tool or agent name in which ``*`` stands for any run of characters."""
+    words = text(value)
+    if not _GLOB.fullmatch(words) or len(words) > 100:
+        raise Wrong(f"expected a name or a pattern with *, found {found(value)}")
+    return Glob(words)
+
+
+def _named(check: Callable[[str], str]) -> Callable[[Any], str]:
+    def checked(value: Any) -> str:
+        try:
+            return check(text(value))
+        except Invalid as refused:
+            raise Wrong(refused.message, refused.hint) from None
+
+    return checked
+
+
+checks: dict[Any, Callable[[Any], Any]] = {
+    str: text,
+    bool: boolean,
+    int: integer,
+    Count: count,
+    Line: line,
+    Size: size,
+    Duration: duration,
+    AbsolutePath: absolute_path,
+    ProgramPath: program_path,
+    Glob: glob,
+    Slug: _named(names.agent_slug),
+    ToolName: _named(names.tool_name),
+    VariableName: _named(names.variable_name),
+}
