@@ -176,10 +176,17 @@ class Settings:
         self._hidden = sorted((s.encode() for s in spellings), key=len, reverse=True)
         self.longest = len(self._hidden[0])
 
-    def hide(self, data: bytes) -> bytes:
-        """``data`` without the credential: a server may well reflect what it was sent."""
+    def hide(self, data: bytes, cut: bool = False) -> bytes:
+        """``data`` without the credential: a server may well reflect what it was sent.
+
+        ``cut``: more followed, so an end that could begin the credential goes too.
+        """
         for value in self._hidden:
             data = data.replace(value, b"[redacted:HTTP_REQUEST_TOKEN]")
+        if cut:
+            sizes = range(self.longest - 1, 0, -1)
+            ends = (n for n in sizes if any(data.endswith(v[:n]) for v in self._hidden))
+            data = data[: len(data) - next(ends, 0)]
         return data
 
 
@@ -313,7 +320,7 @@ def exchange(
         raw, more = read(response, sock, limit + settings.longest, deadline)
     finally:
         connection.close()
-    shown = settings.hide(raw)
+    shown = settings.hide(raw, more)
     answer: dict[str, Any] = {
         "status": response.status,
         "reason": hidden_text(response.reason, settings),
@@ -417,7 +424,7 @@ def body_fields(data: bytes, charset: str | None, cut: bool, settings: Settings)
             continue
         if "\0" not in decoded:
             # Once more as text: UTF-16 spells the credential in other bytes.
-            return {"body": settings.hide(decoded.encode("utf-8", "replace")).decode()}
+            return {"body": settings.hide(decoded.encode("utf-8", "replace"), cut).decode()}
     return {"body_base64": base64.b64encode(data).decode()}
 
 
