@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import contextlib
+import errno
 import os
 import signal
 import socket
@@ -12,14 +14,14 @@ from dataclasses import dataclass
 
 import trio
 
-from sandboxd.errors import KernelError, SandboxdError, Unavailable
+from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.wire import (
     FRAME,
-    MAX_FDS,
     MAX_SPEC,
     Frame,
     Kind,
     LaunchSpec,
+    check_spec,
     encode_spec,
     sealed_memfd,
 )
@@ -27,6 +29,10 @@ from sandboxd.isolation.wire import (
 __all__ = ["Exit", "Launcher", "Process", "open_launcher"]
 
 _STARTING_LIMIT = 30.0
+_ENDING_LIMIT = 5.0
+#: Launches on their way at once. Descriptors in flight count against a limit (unix(7),
+#: ETOOMANYREFS), and more than a few only wait for each other.
+_STARTING_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,12 @@ class Process:
         return self.exit
 
     async def signal(self, signum: int) -> None:
-        """Send a signal to the program. SIGKILL ends the whole tree."""
+        """Send a signal to the program. SIGKILL ends the whole tree.
+
+        Raises Invalid for SIGSTOP and for what is no signal.
+        """
+        if signum not in signal.valid_signals() or signum == signal.SIGSTOP:
+            raise Invalid(f"signal {signum} can't be sent to a sandbox", hint="SIGTSTP stops it")
         if signum == signal.SIGKILL:
             await self.kill()
         elif not self._ended.is_set():
@@ -80,11 +91,15 @@ class Launcher:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = trio.socket.from_stdlib_socket(sock)
         self._sending = trio.Lock()
+        self._starting = trio.Semaphore(_STARTING_AT_ONCE)
         self._processes: dict[int, Process] = {}
         self._numbers = 0
         self._ready = trio.Event()
         self._failure: SandboxdError | None = None
+        self._pidfd = -1
         self.privileged = False
+        #: Of the launcher process, as this host's /proc names it.
+        self.pid = 0
         #: Set when the launcher has gone; nothing can be launched any more.
         self.gone = trio.Event()
 
@@ -109,44 +124,54 @@ class Launcher:
         """
         if self.gone.is_set():
             raise self._failure or Unavailable("the launcher is gone")
+        check_spec(spec)
+        if self.privileged and spec.uid == 0:
+            raise Invalid("a sandbox never runs as root")
+        if len(extra) != len(spec.extra_fds):
+            raise Invalid("a launch needs one descriptor for each of its extra_fds")
         data = encode_spec(spec)
-        if len(data) > MAX_SPEC or 4 + len(extra) > MAX_FDS:
-            raise KernelError("execve", 7, spec.id, hint="arguments and environment are too large")
-        self._numbers += 1
-        process = Process(self, self._numbers, spec.id)
-        self._processes[self._numbers] = process
-        memfd = sealed_memfd(data)
-        try:
-            fds = (memfd, stdin, stdout, stderr, *extra)
-            await self.send(Frame(Kind.LAUNCH, self._numbers, len(fds)), *fds)
-        except BaseException:
-            self._processes.pop(process._number, None)
-            raise
-        finally:
-            os.close(memfd)
+        if len(data) > MAX_SPEC:
+            raise _failure(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
+        async with self._starting:
+            self._numbers += 1
+            process = Process(self, self._numbers, spec.id)
+            memfd = sealed_memfd(data)
+            self._processes[process._number] = process
+            try:
+                fds = (memfd, stdin, stdout, stderr, *extra)
+                await self.send(Frame(Kind.LAUNCH, process._number, len(fds)), *fds)
+            except BaseException:
+                self._processes.pop(process._number, None)
+                raise
+            finally:
+                os.close(memfd)
+            await self._await_start(process)
+        return process
+
+    async def _await_start(self, process: Process) -> None:
         try:
             with trio.fail_after(_STARTING_LIMIT):
                 await process._started.wait()
-        except trio.TooSlowError:
-            await process.kill()
-            raise Unavailable(f"the sandbox did not start in {_STARTING_LIMIT:.0f} s") from None
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await process.kill()
+        except BaseException as failure:
+            with trio.move_on_after(_ENDING_LIMIT, shield=True):
+                with contextlib.suppress(Unavailable):
+                    await process.kill()
+                await process._ended.wait()
+            if isinstance(failure, trio.TooSlowError):
+                raise Unavailable(f"the sandbox did not start in {_STARTING_LIMIT:.0f} s") from None
             raise
         if process._failure is not None:
             raise process._failure
-        return process
 
     async def send(self, frame: Frame, *fds: int) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         async with self._sending:
             try:
                 await self._sock.sendmsg([frame.pack()], ancillary)
-            except OSError:
-                raise Unavailable(
-                    "the launcher is gone", hint="restart the daemon: it can launch nothing now"
-                ) from None
+            except (ConnectionError, trio.ClosedResourceError):
+                raise _gone() from None
+            except OSError as failure:
+                raise KernelError("sendmsg", failure.errno or 0, "launch frame") from None
 
     async def run(self) -> None:
         """Take the launcher's reports until it ends. Started by :func:`open_launcher`."""
@@ -157,24 +182,39 @@ class Launcher:
                 )
                 if not data:
                     break
-                self._take(Frame.unpack(data), _descriptors(ancillary))
+                fds = _descriptors(ancillary)
+                try:
+                    self._take(Frame.unpack(data), fds)
+                finally:
+                    for fd in fds:
+                        os.close(fd)
         except (OSError, ValueError):
             pass  # told below: a launcher that can't be read is gone
         finally:
-            failure = self._failure or Unavailable(
-                "the launcher is gone", hint="restart the daemon: it can launch nothing now"
-            )
-            self._failure = failure
+            self._sock.close()
+            self._failure = self._failure or _gone()
             self.gone.set()
+            await self._last_process()
             self._ready.set()
             for process in list(self._processes.values()):
-                process._failure = failure
+                process._failure = self._failure
                 self._finish(process)
-            self._sock.close()
+
+    async def _last_process(self) -> None:
+        """Wait for the launcher's end as pid 1: the kernel has then ended every sandbox."""
+        if self._pidfd >= 0:
+            with trio.move_on_after(_ENDING_LIMIT, shield=True):
+                await trio.lowlevel.wait_readable(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def _take(self, frame: Frame, fds: list[int]) -> None:
+        """Act on one report. A descriptor that is kept is taken out of ``fds``."""
         if frame.kind is Kind.READY:
             self.privileged = bool(frame.a)
+            if fds:
+                self._pidfd = fds.pop()
+                self.pid = _pid_of(self._pidfd)
             self._ready.set()
             return
         if frame.kind is Kind.FAILED and frame.number == 0:
@@ -182,11 +222,11 @@ class Launcher:
             return
         process = self._processes.get(frame.number)
         if process is None:
-            for fd in fds:
-                os.close(fd)
-        elif frame.kind is Kind.STARTED:
-            process.pidfd = fds[0]
-            process.pid = _pid_of(fds[0])
+            return
+        if frame.kind is Kind.STARTED:
+            if fds:  # none when this process has no descriptor left; it runs all the same
+                process.pidfd = fds.pop()
+                process.pid = _pid_of(process.pidfd)
             process._started.set()
         elif frame.kind is Kind.FAILED:
             process._failure = _failure(frame)
@@ -214,18 +254,22 @@ class Launcher:
 async def open_launcher(sock: socket.socket) -> AsyncIterator[Launcher]:
     """Talk to the launcher at the other end of ``sock``; leaving ends it and its sandboxes.
 
-    Raises KernelError when the launcher could not make its namespaces on this host.
+    When it returns no process of theirs is left. Raises KernelError when the launcher could not
+    make its namespaces on this host.
     """
     launcher = Launcher(sock)
+    started = False
     async with trio.open_nursery() as nursery:
         nursery.start_soon(launcher.run)
         await launcher._ready.wait()
-        if launcher.gone.is_set():
-            raise launcher._failure or Unavailable("the launcher did not start")
-        try:
-            yield launcher
-        finally:
-            nursery.cancel_scope.cancel()
+        if not launcher.gone.is_set():
+            started = True
+            try:
+                yield launcher
+            finally:
+                nursery.cancel_scope.cancel()
+    if not started:  # told out here, where no nursery makes a group of it
+        raise launcher._failure or _gone()
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
@@ -238,11 +282,15 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 
 def _pid_of(pidfd: int) -> int:
     """The pid behind a pidfd as this process's /proc names it (pidfd_open(2)); 0 if ended."""
-    with open(f"/proc/self/fdinfo/{pidfd}") as info:
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as info:
         for line in info:
             if line.startswith("Pid:"):
                 return max(0, int(line.split()[1]))
     return 0
+
+
+def _gone() -> Unavailable:
+    return Unavailable("the launcher is gone", hint="restart the daemon: it can launch nothing now")
 
 
 def _failure(frame: Frame) -> SandboxdError:
@@ -251,12 +299,14 @@ def _failure(frame: Frame) -> SandboxdError:
 
 
 def _hint(call: str, code: int, path: str) -> str:
-    if call == "execve" and code == 2:
+    if call == "execve" and code == errno.ENOENT:
         return f"{path} is not in the sandbox, or its interpreter isn't; mount what it needs"
-    if call == "execve" and code == 13:
+    if call == "execve" and code == errno.EACCES:
         return f"{path} is not executable in the sandbox"
-    if call == "execve" and code == 7:
+    if call == "execve" and code == errno.E2BIG:
         return "arguments and environment are larger than the kernel takes (execve(2), E2BIG)"
+    if call == "mount_setattr" and code == errno.EINVAL:
+        return f"the file system of {path} has no id-mapped mounts; use a local one (ext4, xfs...)"
     if call == "idmap":
         return "give the workspace to an ordinary user: chown USER DIR"
     if call in ("unshare", "write", "setns", "fsmount"):

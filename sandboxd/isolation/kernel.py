@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 from sandboxd.errors import KernelError, Unavailable
@@ -22,7 +23,9 @@ __all__ = [
     "CLONE_NEWPID",
     "CLONE_NEWUSER",
     "CLONE_NEWUTS",
+    "argument_area",
     "clone_tree",
+    "close_all_but",
     "drop_bounding_set",
     "drop_capabilities",
     "join_new_keyring",
@@ -35,6 +38,7 @@ __all__ = [
     "set_dumpable",
     "set_keep_capabilities",
     "set_mount_attributes",
+    "set_title",
     "sethostname",
     "setns",
     "umount_detached",
@@ -80,6 +84,7 @@ _FSMOUNT_CLOEXEC = 1
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
+_PR_SET_NAME = 15
 _PR_CAPBSET_DROP = 24
 _PR_SET_SECUREBITS = 28
 _PR_SET_NO_NEW_PRIVS = 38
@@ -92,6 +97,7 @@ _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 # The old numbers differ by architecture: (pivot_root, keyctl).
@@ -99,6 +105,7 @@ _OLD_NUMBERS = {"x86_64": (155, 250), "aarch64": (41, 219), "riscv64": (41, 219)
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_UINT_MAX = 0xFFFFFFFF
 
 
 def unshare(flags: int) -> None:
@@ -263,6 +270,35 @@ def join_new_keyring() -> None:
         error = ctypes.get_errno()
         if error != 38:  # ENOSYS: a kernel without keyrings has none to inherit
             raise KernelError("keyctl", error)
+
+
+def close_all_but(wanted: Iterable[int]) -> None:
+    """close_range(2): close every descriptor that is not in ``wanted``."""
+    start = 0
+    for fd in (*sorted(set(wanted)), _UINT_MAX):
+        if start < fd:
+            last = ctypes.c_uint(fd - 1)
+            if _libc.syscall(_SYS_CLOSE_RANGE, ctypes.c_uint(start), last, 0) < 0:
+                raise _failed("close_range")
+        start = fd + 1
+
+
+def argument_area() -> tuple[int, int]:
+    """Where this process's command line lies in memory: address and size (proc(5), stat)."""
+    with open("/proc/self/stat", "rb") as stat:
+        fields = stat.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])  # arg_start and arg_end, fields 48 and 49
+    return (start, end - start) if 0 < start < end else (0, 0)
+
+
+def set_title(area: tuple[int, int], title: str) -> None:
+    """Show ``title`` instead of the command line, with its host paths, in /proc/PID/cmdline."""
+    address, size = area
+    text = title.encode()[: max(0, size - 1)]
+    if size:
+        ctypes.memset(address, 0, size)
+        ctypes.memmove(address, text, len(text))
+    _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(title.encode()), 0, 0, 0)
 
 
 def _capability_header() -> Any:

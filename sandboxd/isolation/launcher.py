@@ -11,8 +11,10 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import gc
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -20,28 +22,53 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
-from sandboxd.errors import KernelError, SandboxdError
+from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation import kernel
 from sandboxd.isolation.sandbox import enter
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
 
 __all__ = ["fork_launcher", "main", "serve"]
 
+#: With -I and -S no environment variable, user directory or site-packages has a say. The package
+#: comes last on the path, so that nothing beside it can stand in for the standard library.
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[2]); from sandboxd.isolation.launcher import main; main()"
+)
+_MAX_OPEN_FILES = 65536
+
 
 def fork_launcher() -> socket.socket:
-    """Fork the launcher off this process; call it before any thread, event loop or secret exists.
+    """Start the launcher, a fresh and small interpreter; call it before giving up root.
 
-    Returns the broker's end of the SOCK_SEQPACKET pair. Closing it ends the launcher and every
-    sandbox it started.
+    Executed anew rather than only forked, it shares neither memory nor address layout with the
+    broker, and every sandbox is forked off a few megabytes. Returns the broker's end of the
+    SOCK_SEQPACKET pair: closing it ends the launcher and every sandbox it started. Raises
+    Unavailable when this Python can't be run a second time.
     """
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    # A Python that lives outside the loader's path needs this to start; nothing else is passed.
+    env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if pid == 0:
-        ours.close()
-        _run(theirs)
-    theirs.close()
-    os.waitpid(pid, 0)  # the first child only makes the namespaces and leaves
+    with theirs:
+        fd = theirs.fileno()
+        argv = (sys.executable, "-I", "-S", "-c", _BOOT, str(fd), package)
+        try:
+            # Duplicating a descriptor onto itself makes it inheritable (posix_spawn(3)).
+            actions = [(os.POSIX_SPAWN_DUP2, fd, fd)]
+            pid = os.posix_spawn(sys.executable, argv, env, file_actions=actions)
+        except OSError as failure:
+            ours.close()
+            raise Unavailable(
+                f"the launcher could not be started: {failure.strerror}",
+                hint=f"is {sys.executable or 'the Python interpreter'} there and executable?",
+            ) from None
+    os.waitpid(pid, 0)  # the first process only makes the namespaces and leaves
     return ours
+
+
+def main() -> NoReturn:
+    """``python -c 'main()' FD``: a launcher on an inherited socket."""
+    _run(socket.socket(fileno=int(sys.argv[1])))
 
 
 def serve(sock: socket.socket, *, privileged: bool) -> None:
@@ -49,24 +76,22 @@ def serve(sock: socket.socket, *, privileged: bool) -> None:
     _Launcher(sock, privileged=privileged).run()
 
 
-def main() -> NoReturn:
-    """``python -m sandboxd.isolation.launcher FD``: a launcher on an inherited socket."""
-    _run(socket.socket(fileno=int(sys.argv[1])))
-
-
 def _run(sock: socket.socket) -> NoReturn:
     """Enter the launcher's namespaces, fork into them, and serve."""
     code = 1
     try:
+        kernel.set_dumpable(False)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.setsid()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the broker decides when it is time
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _keep(sock)
+        os.chdir("/")
+        os.umask(0o022)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)  # the broker decides when it is time
+        kernel.close_all_but([0, 1, 2, sock.fileno()])
+        kernel.set_title(kernel.argument_area(), "sandboxd-launcher")
         privileged = _make_namespaces()
         if os.fork() == 0:
             kernel.set_dumpable(False)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             serve(sock, privileged=privileged)
         code = 0
     except KernelError as failure:
@@ -83,7 +108,7 @@ def _make_namespaces() -> bool:
     if not privileged:
         uid, gid = os.geteuid(), os.getegid()
         kernel.unshare(kernel.CLONE_NEWUSER)
-        kernel.set_dumpable(True)
+        kernel.set_dumpable(True)  # else /proc/self belongs to root (proc(5))
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{uid} {uid} 1"),
@@ -97,6 +122,7 @@ def _make_namespaces() -> bool:
                     os.close(fd)
             except OSError as failure:
                 raise KernelError("write", failure.errno or 0, f"/proc/self/{name}") from None
+        kernel.set_dumpable(False)
         kernel.unshare(kernel.CLONE_NEWPID)
     return privileged
 
@@ -111,12 +137,6 @@ def _try(flags: int) -> bool:
     return True
 
 
-def _keep(sock: socket.socket) -> None:
-    """Close everything but the standard streams and ``sock``."""
-    os.closerange(3, sock.fileno())
-    os.closerange(sock.fileno() + 1, 65536)
-
-
 @dataclass
 class _Sandbox:
     number: int
@@ -124,8 +144,7 @@ class _Sandbox:
     pidfd: int
     report: int
     started: bool = False
-    failed: bool = False
-    ended: Frame | None = None
+    last: Frame | None = None  # FAILED or EXITED, told once every process has gone
 
 
 class _Launcher:
@@ -134,63 +153,106 @@ class _Launcher:
         self.sandboxes: dict[int, _Sandbox] = {}
         self.selector = selectors.DefaultSelector()
         self.own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self.arguments = kernel.argument_area()
         self.serving = True
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
     def run(self) -> None:
         self.selector.register(self.sock, selectors.EVENT_READ, self._on_frame)
-        self._send(Frame(Kind.READY, 0, int(self.privileged)))
+        me = os.pidfd_open(os.getpid())
+        self._send(Frame(Kind.READY, 0, int(self.privileged)), me)
+        os.close(me)
+        # What exists now lives for good: children then collect garbage without copying its pages.
+        gc.collect()
+        gc.freeze()
         while self.serving:
             for key, _ in self.selector.select():
-                key.data()
+                # An earlier event of the same batch may have closed it, or reused its number.
+                if self.selector.get_map().get(key.fd) is key:
+                    key.data()
 
     def _on_frame(self) -> None:
         fds = array.array("i")
         try:
-            data, ancillary, _, _ = self.sock.recvmsg(
+            data, ancillary, flags, _ = self.sock.recvmsg(
                 FRAME.size, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionError:
-            data, ancillary = b"", []
+            self.serving = False
+            return
+        except OSError:
+            return  # out of memory for now: the frame waits
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         try:
-            if not data:
+            if not data and self._peer_is_gone():
                 self.serving = False  # our end as pid 1 ends every sandbox
                 return
-            frame = Frame.unpack(data)
-            if frame.kind is Kind.LAUNCH and frame.a == len(fds) >= 4:
-                self._launch(frame.number, list(fds))
-            elif frame.kind is Kind.SIGNAL:
-                self._signal(frame.number, frame.a)
-            elif frame.kind is Kind.KILL:
-                self._signal(frame.number, signal.SIGKILL)
-            else:
-                self._fail(frame.number, KernelError("recvmsg", errno.EBADMSG, "launch frame"))
+            if flags & socket.MSG_TRUNC:
+                return  # longer than any frame
+            self._answer(Frame.unpack(data), list(fds), lost_fds=bool(flags & socket.MSG_CTRUNC))
+        except ValueError:
+            return  # not a frame: nobody to answer
         finally:
             for fd in fds:
                 os.close(fd)
 
+    def _peer_is_gone(self) -> bool:
+        """Whether an empty read is the end, and not an empty packet (unix(7))."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def _answer(self, frame: Frame, fds: list[int], *, lost_fds: bool) -> None:
+        if frame.kind is Kind.LAUNCH:
+            if frame.number == 0 or frame.number in self.sandboxes:
+                return  # its report would be taken for another's
+            if lost_fds:
+                self._fail(frame.number, KernelError("recvmsg", errno.EMFILE, "launch frame"))
+            elif frame.a != len(fds) or len(fds) < 4:
+                self._fail(frame.number, KernelError("recvmsg", errno.EBADMSG, "launch frame"))
+            else:
+                self._launch(frame.number, fds)
+        elif frame.kind is Kind.SIGNAL:
+            self._signal(frame.number, frame.a)
+        elif frame.kind is Kind.KILL:
+            self._signal(frame.number, signal.SIGKILL)
+
     def _launch(self, number: int, fds: list[int]) -> None:
+        read = write = -1
         try:
             # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
             kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
             kernel.unshare(kernel.CLONE_NEWPID)
             read, write = os.pipe2(os.O_CLOEXEC)
             pid = os.fork()
+            if pid == 0:
+                gc.disable()
+                kernel.set_title(self.arguments, "sandboxd-init")
+                enter(number, fds, write, privileged=self.privileged)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
         except SandboxdError as failure:
             self._fail(number, failure)
-            return
         except OSError as failure:
+            if read >= 0:
+                os.close(read)
             self._fail(number, KernelError("fork", failure.errno or 0))
-            return
-        if pid == 0:
-            enter(number, fds, write, privileged=self.privileged)
-        os.close(write)
-        sandbox = _Sandbox(number, pid, os.pidfd_open(pid), read)
-        self.sandboxes[number] = sandbox
-        self.selector.register(read, selectors.EVENT_READ, lambda: self._on_report(sandbox))
-        self.selector.register(sandbox.pidfd, selectors.EVENT_READ, lambda: self._on_exit(sandbox))
+        else:
+            sandbox = _Sandbox(number, pid, pidfd, read)
+            self.sandboxes[number] = sandbox
+            self.selector.register(read, selectors.EVENT_READ, lambda: self._on_report(sandbox))
+            self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._on_exit(sandbox))
+        finally:
+            if write >= 0:
+                os.close(write)
 
     def _on_report(self, sandbox: _Sandbox) -> None:
         data = os.read(sandbox.report, FRAME.size)
@@ -201,11 +263,8 @@ class _Launcher:
         if frame.kind is Kind.STARTED:
             sandbox.started = True
             self._send(frame, sandbox.pidfd)
-        elif frame.kind is Kind.FAILED:
-            sandbox.failed = True
-            self._send(frame)
-        elif frame.kind is Kind.EXITED:
-            sandbox.ended = frame
+        else:
+            sandbox.last = frame
 
     def _on_exit(self, sandbox: _Sandbox) -> None:
         while sandbox.report in self.selector.get_map():
@@ -215,20 +274,18 @@ class _Launcher:
         os.close(sandbox.pidfd)
         os.close(sandbox.report)
         del self.sandboxes[sandbox.number]
-        if sandbox.failed:
-            return
-        if not sandbox.started:
+        if sandbox.last is not None:
+            self._send(sandbox.last)
+        elif sandbox.started:
+            cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
+            self._send(Frame(Kind.EXITED, sandbox.number, status, cpu, usage.ru_maxrss))
+        else:
             self._fail(sandbox.number, KernelError("setup", errno.ECHILD, "killed while starting"))
-            return
-        cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
-        self._send(
-            sandbox.ended or Frame(Kind.EXITED, sandbox.number, status, cpu, usage.ru_maxrss)
-        )
 
     def _signal(self, number: int, signum: int) -> None:
         sandbox = self.sandboxes.get(number)
-        if sandbox is not None:
-            with contextlib.suppress(ProcessLookupError):
+        if sandbox is not None and signum in _SIGNALS:
+            with contextlib.suppress(OSError):  # it has just ended
                 signal.pidfd_send_signal(sandbox.pidfd, signum)
 
     def _fail(self, number: int, failure: SandboxdError) -> None:
@@ -240,6 +297,10 @@ class _Launcher:
             self.sock.sendmsg([frame.pack()], ancillary)
         except ConnectionError:
             self.serving = False
+
+
+#: SIGSTOP would stop the sandbox's init, and with it the news of the program's end.
+_SIGNALS = frozenset(signal.valid_signals()) - {signal.SIGSTOP}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from typing import NoReturn
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.root import Root
-from sandboxd.isolation.wire import MAX_SPEC, Frame, Kind, LaunchSpec, Limits, decode_spec, failed
+from sandboxd.isolation.wire import (
+    FIRST_HIGH_FD,
+    MAX_SPEC,
+    Frame,
+    Kind,
+    LaunchSpec,
+    Limits,
+    decode_spec,
+    failed,
+)
 
 __all__ = ["INSIDE_ID", "enter"]
 
@@ -37,16 +46,6 @@ _NAMESPACES = (
     | kernel.CLONE_NEWCGROUP
     | kernel.CLONE_NEWNET
 )
-_FORWARDED = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGWINCH,
-    signal.SIGCONT,
-)
 
 
 def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> NoReturn:
@@ -59,10 +58,10 @@ def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> 
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         kernel.set_dumpable(False)
         spec = _read_spec(fds[0])
-        _keep_only([report, *fds[1:]])
+        kernel.close_all_but([report, *fds[1:]])
         program = _start(spec, fds[1:], privileged=privileged)
         _send(report, Frame(Kind.STARTED, number))
-        _keep_only([report])
+        kernel.close_all_but([report])
         _be_init(number, program, report)
     except SandboxdError as failure:
         _send(report, failed(number, failure))
@@ -125,7 +124,7 @@ def _spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
     pid = os.fork()
     if pid == 0:
         # Above every target number, so that placing the streams does not overwrite it.
-        done = fcntl.fcntl(done, fcntl.F_DUPFD_CLOEXEC, 256)
+        done = fcntl.fcntl(done, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
         try:
             _exec(spec, streams, done)
         except OSError as failure:
@@ -146,10 +145,10 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
     os.setsid()
     targets = (0, 1, 2, *spec.extra_fds)
     # Two steps, so that no target number overwrites a source that is still to be placed.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 256) for fd in streams]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD) for fd in streams]
     for fd, target in zip(high, targets, strict=True):
         os.dup2(fd, target, inheritable=True)
-    _keep_only([*targets, done])
+    kernel.close_all_but([*targets, done])
     if spec.tty:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     _limit(spec.limits)
@@ -178,7 +177,7 @@ def _limit(limits: Limits) -> None:
 
 def _be_init(number: int, program: int, report: int) -> NoReturn:
     """Reap, pass signals on, and end with the program: the kernel then kills the whole tree."""
-    signals = {signal.SIGCHLD, *_FORWARDED}
+    signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     while True:
         received = signal.sigwaitinfo(signals).si_signo
         if received != signal.SIGCHLD:
@@ -204,16 +203,6 @@ def _read_spec(fd: int) -> LaunchSpec:
         raise KernelError("read", errno.EMSGSIZE, "launch spec")
     data = os.pread(fd, size, 0)
     return decode_spec(data)
-
-
-def _keep_only(wanted: Sequence[int]) -> None:
-    """Close every descriptor that is not in ``wanted``."""
-    start = 0
-    for fd in sorted(set(wanted)):
-        if start < fd:  # closerange(0, 0) closes everything: it asks for 0 to UINT_MAX
-            os.closerange(start, fd)
-        start = fd + 1
-    os.closerange(start, max(65536, start))
 
 
 def _send(report: int, frame: Frame) -> None:

@@ -15,10 +15,11 @@ import enum
 import errno
 import fcntl
 import os
+import re
 import struct
 from dataclasses import dataclass, field
 
-from sandboxd.errors import KernelError, SandboxdError
+from sandboxd.errors import Invalid, KernelError, SandboxdError
 
 __all__ = [
     "FRAME",
@@ -28,6 +29,7 @@ __all__ = [
     "LaunchSpec",
     "Limits",
     "MountSpec",
+    "check_spec",
     "decode_spec",
     "encode_spec",
     "failed",
@@ -39,6 +41,10 @@ FRAME = struct.Struct("!4sBxxxQqqq192s")
 MAGIC = b"SBX1"
 MAX_FDS = 16
 MAX_SPEC = 16 << 20
+#: Descriptors wait at this number and above while they are put in their places.
+FIRST_HIGH_FD = 256
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 
 
 class Kind(enum.IntEnum):
@@ -137,6 +143,40 @@ class LaunchSpec:
     files: tuple[FileSpec, ...] = field(default=(), repr=False)
     extra_fds: tuple[int, ...] = ()
     limits: Limits = Limits()
+
+
+def check_spec(spec: LaunchSpec) -> None:
+    """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value."""
+    if not spec.argv or not spec.argv[0].startswith(b"/"):
+        raise Invalid("a sandbox needs a program, by its absolute path")
+    if any(b"\0" in argument for argument in spec.argv):
+        raise Invalid("an argument holds a NUL byte, which no command line can carry")
+    names = [name for name, _ in spec.env]
+    if any(not name or b"=" in name or b"\0" in name for name in names):
+        raise Invalid("a variable of the environment has no name that execve(2) could carry")
+    if any(b"\0" in value for _, value in spec.env) or len(set(names)) < len(names):
+        raise Invalid("a variable of the environment is set twice, or holds a NUL byte")
+    if spec.network not in ("none", "host"):
+        raise Invalid(f"there is no network {spec.network!r}", hint="one of: none, host")
+    if not _NAME.fullmatch(spec.hostname) or not _NAME.fullmatch(spec.user):
+        raise Invalid("a sandbox's host and user name are letters, digits and '-', at most 32")
+    targets = [mount.target for mount in spec.mounts] + [file.path for file in spec.files]
+    for path in (spec.cwd, *targets, *(mount.source for mount in spec.mounts)):
+        if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
+            raise Invalid(f"a sandbox takes absolute paths without '..', not {path!r}")
+    for path in targets:
+        first = next(filter(None, path.split("/")), "")
+        if first in ("", "proc"):
+            raise Invalid(f"nothing can be placed on {path} of a sandbox")
+    extra = spec.extra_fds
+    if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
+        raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
+    if len(extra) > MAX_FDS - 4:
+        raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
+    if not 0 <= spec.uid < 0xFFFFFFFF:
+        raise Invalid(f"{spec.uid} is no user id")
+    if any(not 0 <= getattr(spec.limits, name) < 1 << 63 for name in _LIMIT_FIELDS):
+        raise Invalid("a limit is a number from 0 up")
 
 
 def failed(number: int, failure: SandboxdError) -> Frame:
