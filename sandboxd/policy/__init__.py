@@ -2,7 +2,7 @@
 
 from sandboxd.policy.arguments import check_arguments, parse_arguments
 from sandboxd.policy.decide import Decision, SessionTerms, decide, session_terms
-from sandboxd.policy.loader import load_config
+from sandboxd.policy.loader import load_config, load_settings
 from sandboxd.policy.model import (
     Agent,
     Annotations,
@@ -44,6 +44,7 @@ __all__ = [
     "check_program",
     "decide",
     "load_config",
+    "load_settings",
     "parse_arguments",
     "session_terms",
 ]

@@ -19,7 +19,7 @@ from sandboxd.policy.yamlpos import Path as Place
 if TYPE_CHECKING:
     from sandboxd.policy.loader import Loaded
 
-__all__ = ["check"]
+__all__ = ["check", "check_settings"]
 
 
 def check(
@@ -33,10 +33,11 @@ def check(
         _check_tool_mounts(tool, document, loaded, directory, problems)
     for written in loaded.policies.values():
         _check_rules(written, loaded, problems)
-    _check_settings(loaded, problems)
+    check_settings(loaded, problems)
 
 
-def _check_settings(loaded: Loaded, problems: Problems) -> None:
+def check_settings(loaded: Loaded, problems: Problems) -> None:
+    """Note what is wrong in sandboxd.yaml beyond types."""
     document, settings = loaded.settings_document, loaded.settings
     if document is None:
         return

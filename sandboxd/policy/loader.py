@@ -28,7 +28,7 @@ from sandboxd.policy.structure import structure
 from sandboxd.policy.toolcheck import complete_tool
 from sandboxd.policy.yamlpos import Document, parse
 
-__all__ = ["Loaded", "load_config"]
+__all__ = ["Loaded", "load_config", "load_settings"]
 
 T = TypeVar("T")
 
@@ -57,6 +57,19 @@ def load_config(directory: Path, *, shipped_policies: Path, shipped_tools: Path)
     return _Loader(directory, shipped_policies, shipped_tools).load()
 
 
+def load_settings(directory: Path) -> Settings:
+    """Only sandboxd.yaml, for what has to be known before anything else; defaults without one.
+
+    Raises :class:`~sandboxd.policy.ConfigErrors`.
+    """
+    loader = _Loader(directory, directory, directory)
+    loader.check_directory()
+    loader.settings()
+    crosscheck.check_settings(loader.loaded, loader.problems)
+    loader.problems.check()
+    return loader.loaded.settings
+
+
 class _Loader:
     def __init__(self, directory: Path, shipped_policies: Path, shipped_tools: Path) -> None:
         self.directory = Path(os.path.realpath(directory))
@@ -69,8 +82,8 @@ class _Loader:
         self.sources: list[Source] = []
 
     def load(self) -> Config:
-        self._check_directory()
-        self._settings()
+        self.check_directory()
+        self.settings()
         self._policies(self.shipped_policies, shipped=True)
         self._policies(self.directory / "policies", shipped=False)
         self._tools(self.shipped_tools, shipped=True)
@@ -89,7 +102,7 @@ class _Loader:
             warnings=tuple(problems.warnings),
         )
 
-    def _check_directory(self) -> None:
+    def check_directory(self) -> None:
         """Nothing below an untrusted or missing directory is worth reading."""
         name = os.fspath(self.given)
         if not self.directory.is_dir():
@@ -101,7 +114,7 @@ class _Loader:
                 self.problems.add(name, None, f"can't be trusted: {refusal}")
         self.problems.check()
 
-    def _settings(self) -> None:
+    def settings(self) -> None:
         path = self.directory / "sandboxd.yaml"
         if os.path.lexists(path):
             document = self._document(path, "sandboxd.yaml", shipped=False)

@@ -219,10 +219,10 @@ def _check_secrets(tool: Tool, document: Document, problems: Problems) -> None:
         at = document.at(("secrets", index))
         reason = names.loader_reason(secret.variable)
         if reason:
-            problems.add(
+            problems.warn(
                 document.file,
                 at,
-                f"no store holds {secret.variable}: {reason}",
+                f"no store takes {secret.variable}, so no call gets it: {reason}; "
                 "name the variable otherwise and use 'as'",
             )
         message = _secret_problem(secret, tool)
