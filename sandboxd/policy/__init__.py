@@ -45,6 +45,7 @@ __all__ = [
     "decide",
     "load_config",
     "load_settings",
+    "load_settings",
     "parse_arguments",
     "session_terms",
 ]
