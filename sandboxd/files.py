@@ -88,6 +88,8 @@ def fsync_directory(path: Path) -> None:
 def _unsafe(info: os.stat_result, path: Path) -> tuple[str, str]:
     """Why the file can't be trusted and what to do about it; two empty texts if it can."""
     mode = stat.S_IMODE(info.st_mode)
+    if stat.S_ISLNK(info.st_mode):  # as O_PATH opens it
+        return "is a symbolic link", "name the file itself"
     if not stat.S_ISREG(info.st_mode):
         return "is not a regular file", "put a regular file there"
     if info.st_uid not in (0, os.geteuid()):
