@@ -70,14 +70,6 @@ def load_settings(directory: Path) -> Settings:
     return loader.loaded.settings
 
 
-def load_settings(directory: Path) -> Settings:
-    """sandboxd.yaml alone, for what must be known before the rest may be read.
-
-    Raises ConfigErrors as :func:`load_config` does.
-    """
-    return _Loader(directory, directory, directory).load_settings()
-
-
 class _Loader:
     def __init__(self, directory: Path, shipped_policies: Path, shipped_tools: Path) -> None:
         self.directory = Path(os.path.realpath(directory))
