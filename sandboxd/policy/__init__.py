@@ -45,7 +45,6 @@ __all__ = [
     "decide",
     "load_config",
     "load_settings",
-    "load_settings",
     "parse_arguments",
     "session_terms",
 ]

@@ -85,11 +85,7 @@ def check_schema(schema: Any) -> Draft202012Validator:
     if not isinstance(schema, Mapping):
         raise Wrong(f"expected a JSON Schema, found {found(schema)}")
     schema = dict(schema)
-    if (
-        schema.get("$schema", _DIALECT).rstrip("#") != _DIALECT
-        if isinstance(schema.get("$schema", _DIALECT), str)
-        else True
-    ):
+    if schema.get("$schema", _DIALECT) != _DIALECT:
         raise Wrong("expected JSON Schema 2020-12", f"drop it or write {_DIALECT}", ("$schema",))
     try:
         Draft202012Validator.check_schema(schema)
@@ -100,6 +96,7 @@ def check_schema(schema: Any) -> Draft202012Validator:
         ) from None
     if schema.get("type") != "object":
         raise Wrong("expected type: object, as tool arguments are", path=("type",))
+    _check_unique(schema, ())
     registry: Registry[Any] = Registry()
     resolver = registry.resolver_with_root(DRAFT202012.create_resource(schema))
     for path, reference in _references(schema, ()):
@@ -120,6 +117,22 @@ def check_schema(schema: Any) -> Draft202012Validator:
     except RecursionError:
         raise Wrong("a reference that leads to itself without an end") from None
     return validator
+
+
+def _check_unique(value: Any, path: tuple[str | int, ...]) -> None:
+    """uniqueItems compares every pair, so an agent's list must not be long."""
+    if isinstance(value, dict):
+        bound = value.get("maxItems")
+        if value.get("uniqueItems") is True and not (isinstance(bound, int) and bound <= 1000):
+            raise Wrong(
+                "uniqueItems needs maxItems of at most 1000",
+                "comparing every pair of a long list would hold up the broker",
+                (*path, "uniqueItems"),
+            )
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in inner:
+        if isinstance(item, dict | list) and key not in _LITERALS:
+            _check_unique(item, (*path, key))
 
 
 def _references(value: Any, path: tuple[str | int, ...]) -> Any:

@@ -9,7 +9,6 @@ has no member but the owner (the user-private groups of Debian and Fedora, umask
 from __future__ import annotations
 
 import errno
-import functools
 import grp
 import hashlib
 import os
@@ -48,6 +47,7 @@ class Trust:
     def __init__(self) -> None:
         self.owners = frozenset({0, os.geteuid()})
         self._directories: dict[str, str] = {}
+        self._private: dict[tuple[int, int], bool] = {}
 
     def refusal(self, path: str | os.PathLike[str]) -> str:
         """Why ``path`` (a real path) or something above it can't be trusted; "" when it can."""
@@ -66,9 +66,15 @@ class Trust:
             return ""
         if status.st_mode & stat.S_IWOTH:
             return f"{path} is writable by everybody"
-        if status.st_mode & stat.S_IWGRP and not _private_group(status.st_uid, status.st_gid):
+        if status.st_mode & stat.S_IWGRP and not self._is_private(status):
             return f"{path} is writable by its group"
         return ""
+
+    def _is_private(self, status: os.stat_result) -> bool:
+        key = (status.st_uid, status.st_gid)
+        if key not in self._private:
+            self._private[key] = _private_group(*key)
+        return self._private[key]
 
     def _above(self, directory: str) -> str:
         if directory not in self._directories:
@@ -163,13 +169,16 @@ def _sticky(status: os.stat_result) -> bool:
     return stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_ISVTX)
 
 
-@functools.lru_cache(maxsize=256)
 def _private_group(uid: int, gid: int) -> bool:
-    """Whether nobody but ``uid`` is in the group ``gid``."""
+    """Whether ``gid`` is the group of the user ``uid`` alone, which also bears the user's name."""
     try:
         owner = pwd.getpwuid(uid).pw_name
-        members = grp.getgrgid(gid).gr_mem
+        group = grp.getgrgid(gid)
     except KeyError:
         return False
     others = [entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid]
-    return all(name == owner for name in members) and all(other == uid for other in others)
+    return (
+        group.gr_name == owner
+        and all(name == owner for name in group.gr_mem)
+        and all(other == uid for other in others)
+    )

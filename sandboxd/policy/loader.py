@@ -215,7 +215,11 @@ class _Loader:
             return
         for name in list_directory(directory, self.problems):
             folder = directory / name
-            status = folder.lstat()
+            try:
+                status = folder.lstat()
+            except OSError as error:
+                self.problems.add(os.fspath(folder), None, os.strerror(error.errno or 0))
+                continue
             if stat.S_ISLNK(status.st_mode):
                 self.problems.add(
                     os.fspath(folder),

@@ -18,6 +18,7 @@ import attrs
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
     AbsolutePath,
+    Ask,
     Count,
     Duration,
     Glob,
@@ -131,7 +132,7 @@ class Key:
 
     file: AbsolutePath | None = None
     credential: str | None = None
-    passphrase: bool = False
+    passphrase: Ask = Ask(False)
     passphrase_file: AbsolutePath | None = None
 
     @property

@@ -25,7 +25,7 @@ class ConfigErrors(SandboxdError):
     exit_code = 2
 
     def __init__(self, errors: Iterable[ConfigError]) -> None:
-        self.errors = sorted(set(errors), key=lambda e: (e.file, e.line, e.column, e.message))
+        self.errors = sorted(errors, key=lambda e: (e.file, e.line, e.column, e.message))
         lines = [
             error.message + (f"\n  hint: {error.hint}" if error.hint else "")
             for error in self.errors

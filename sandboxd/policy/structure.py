@@ -54,11 +54,13 @@ def structure(document: Document, cls: type[T], problems: Problems) -> T | None:
     before = len(problems.errors)
     value = dict(value)
     _check_version(value, document, problems)
+    _check_empty(value, (), document, problems)
     try:
         result = _converter.structure(value, cls)
     except (BaseValidationError, Wrong) as error:
         for path, problem in _leaves(error, ()):
-            _report(path, problem, document, problems)
+            if not _is_empty(value, path):  # told already
+                _report(path, problem, document, problems)
         return None
     return result if len(problems.errors) == before else None
 
@@ -88,6 +90,30 @@ def _check_version(value: dict[str, Any], document: Document, problems: Problems
             document.at(("version",)),
             f"expected version {VERSION}, found {found(version)}",
         )
+
+
+def _check_empty(value: Any, path: Path, document: Document, problems: Problems) -> None:
+    """A key without a value is a value forgotten; only JSON (schemas, conditions) has null."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        place = (*path, key)
+        if inner is None:
+            problems.add(
+                document.file,
+                document.key_at(place),
+                f"{_spell(place)} has no value",
+                "leave the key out to have its default" if isinstance(key, str) else "",
+            )
+        elif isinstance(inner, dict | list) and key not in ("input", "when"):
+            _check_empty(inner, place, document, problems)
+
+
+def _is_empty(value: Any, path: Path) -> bool:
+    for step in path:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return value is None
 
 
 def _leaves(error: BaseException, path: Path) -> Iterator[tuple[Path, BaseException]]:

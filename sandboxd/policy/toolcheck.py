@@ -272,10 +272,9 @@ def _program(
     message = hint = digest = ""
     if inside and real != path:
         message = f"{tool.program} is or is below a symbolic link; expected a file in the folder"
-    elif not real.exists():
+    elif not os.path.lexists(real):
         message = f"no file {real}"
-        siblings = [p.name for p in tool.directory.iterdir() if p.name != "tool.yaml"]
-        hint = nearest(str(tool.program), siblings) if inside else ""
+        hint = nearest(str(tool.program), _siblings(tool)) if inside else ""
     else:
         message = trust.refusal(tool.directory) or trust.tree_refusal(tool.directory)
         message = message or trust.refusal(real) or _not_runnable(real, tool)
@@ -287,6 +286,13 @@ def _program(
     if message:
         problems.add(document.file, at, message, hint)
     return ProgramPath(real), digest
+
+
+def _siblings(tool: Tool) -> list[str]:
+    try:
+        return [p.name for p in tool.directory.iterdir() if p.name != "tool.yaml"]
+    except OSError:
+        return []
 
 
 def _not_runnable(real: Path, tool: Tool) -> str:

@@ -18,6 +18,7 @@ from sandboxd.errors import Invalid
 
 __all__ = [
     "AbsolutePath",
+    "Ask",
     "Count",
     "Duration",
     "Glob",
@@ -44,6 +45,7 @@ Slug = NewType("Slug", str)
 ToolName = NewType("ToolName", str)
 VariableName = NewType("VariableName", str)
 Glob = NewType("Glob", str)
+Ask = NewType("Ask", bool)
 
 MAX_SIZE = 1 << 50
 MAX_DURATION = 366 * 86_400.0
@@ -101,8 +103,10 @@ def choice(value: Any, allowed: Iterable[str]) -> str:
 def text(value: Any) -> str:
     """Any text without NUL."""
     if not isinstance(value, str):
-        hint = "put it in quotes" if isinstance(value, bool | int | float) else ""
-        raise Wrong(f"expected text, found {found(value)}", hint)
+        scalar = isinstance(value, bool | int | float)
+        # Not the number itself: it may be a PIN that somebody put in the wrong place.
+        what = "a number or a truth value" if scalar else found(value)
+        raise Wrong(f"expected text, found {what}", "put it in quotes" if scalar else "")
     if "\0" in value:
         raise Wrong("a NUL character, which no program can be given")
     return value
@@ -123,6 +127,16 @@ def boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise Wrong(f"expected true or false, found {found(value)}")
     return value
+
+
+def ask(value: Any) -> Ask:
+    """true. What else stands here may be the passphrase itself, so it is not shown."""
+    if value is not True:
+        raise Wrong(
+            "expected true, which asks for the passphrase at start",
+            "name the file that holds it instead: passphrase_file: PATH",
+        )
+    return Ask(value)
 
 
 def integer(value: Any) -> int:
@@ -218,6 +232,7 @@ def _named(check: Callable[[str], str]) -> Callable[[Any], str]:
 checks: dict[Any, Callable[[Any], Any]] = {
     str: text,
     bool: boolean,
+    Ask: ask,
     int: integer,
     Count: count,
     Line: line,
