@@ -1,0 +1,100 @@
+"""``sandboxctl policy explain``: the decision about a call, without making it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from sandboxd.cli import output
+from sandboxd.cli.daemon import connect
+from sandboxd.cli.parser import Commands, command, group
+from sandboxd.errors import Invalid
+
+__all__ = ["add"]
+
+
+def add(commands: Commands, name: str, line: str) -> None:
+    nouns = group(commands, name, help=line)
+    parser = command(
+        nouns,
+        "explain",
+        explain,
+        help="decide about a tool call without running it",
+        description="Decide about a call exactly as a live one would be: the verdict, the rule "
+        "that made it with its file and line, the command line that would run, and the names of "
+        "the variables that it would be given. Exits with 4 when the call would be denied.",
+        examples=[
+            (
+                "sandboxctl policy explain reporter http_request "
+                """'{"url": "https://api.example.com/"}'""",
+                "would this be allowed?",
+            ),
+            ("sandboxctl policy explain reporter sql_query - < call.json", "arguments from a file"),
+        ],
+    )
+    parser.add_argument("agent", metavar="AGENT", help="the agent that would call")
+    parser.add_argument("tool", metavar="TOOL", help="the tool")
+    parser.add_argument(
+        "arguments", metavar="JSON", nargs="?", default="{}", help="its arguments; - reads stdin"
+    )
+    parser.lookups.update(agent="agents", tool="tools")
+
+
+def explain(args: argparse.Namespace) -> int:
+    text = sys.stdin.read() if args.arguments == "-" else args.arguments
+    arguments = _parsed(text)
+    with connect(args) as daemon:
+        got = daemon.call("policy.explain", agent=args.agent, tool=args.tool, arguments=arguments)
+    allowed = got["verdict"] == "allow"
+    if args.json:
+        output.print_json(got)
+        return 0 if allowed else 4
+    output.fields(
+        [
+            ("verdict", got["verdict"]),
+            ("rule", got.get("rule") or "-"),
+            ("reason", got.get("reason") or "-"),
+            ("runs", json.dumps(got.get("argv") or [], ensure_ascii=False)),
+            ("injects", [_injected(item) for item in got.get("inject") or []]),
+            ("network", got.get("network") or "-"),
+            (
+                "limits",
+                [f"{k}: {v}" for k, v in (got.get("limits") or {}).items() if v is not None],
+            ),
+            ("isolation", [_layer(layer) for layer in got.get("isolation") or []]),
+        ]
+    )
+    return 0 if allowed else 4
+
+
+def _parsed(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise Invalid("the arguments have the same key twice in one object")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise Invalid("the arguments are nested too deeply") from None
+    except ValueError as error:
+        raise Invalid(
+            f"the arguments are not valid JSON: {error}",
+            hint="""quote the whole object for the shell: '{"url": "https://example.com/"}'""",
+        ) from None
+
+
+def _limits(limits: dict[str, Any]) -> list[str]:
+    return [f"{name}: {value}" for name, value in limits.items() if value is not None]
+
+
+def _injected(item: dict[str, Any]) -> str:
+    name, delivery = item.get("as") or item["variable"], item.get("delivery", "env")
+    return f"{item['variable']} as {name} ({delivery})"
+
+
+def _layer(layer: Any) -> str:
+    return f"{layer['layer']}: {layer['state']}" if isinstance(layer, dict) else str(layer)
