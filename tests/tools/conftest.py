@@ -1,4 +1,4 @@
-"""Run a shipped tool's program as the daemon does: isolated interpreter, JSON on stdin, bare env."""
+"""Run a shipped tool as the daemon does: isolated interpreter, JSON on stdin, bare environment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ran:
         return self.stdout + self.stderr
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_tool() -> Callable[..., Ran]:
     def run(
         name: str,
@@ -98,7 +98,7 @@ def serving(handler: type[BaseHTTPRequestHandler], tls: Any = None) -> Iterator[
         server.server_close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def open_site() -> Iterator[Callable[..., Site]]:
     running: list[AbstractContextManager[int]] = []
 
@@ -139,7 +139,7 @@ def open_site() -> Iterator[Callable[..., Site]]:
         context.__exit__(None, None, None)
 
 
-@pytest.fixture()
+@pytest.fixture
 def site(open_site: Callable[..., Site]) -> Site:
     return open_site()
 

@@ -214,7 +214,7 @@ def guard(database: sqlite3.Connection, write: bool) -> None:
 def sqlite_stop(message: str, write: bool) -> Stop:
     if "one statement" in message:
         return Stop(4, "only one statement at a time")
-    if "not authorized" in message or "prohibited" in message or "readonly" in message:
+    if "authoriz" in message or "prohibited" in message or "readonly" in message:
         if write:
             return Stop(4, "the statement reaches beyond this database, which is never allowed")
         return read_only_stop()
@@ -409,7 +409,7 @@ def tls(sslmode: str) -> ssl.SSLContext | bool:
 def postgresql_stop(fields: dict[str, str]) -> Stop:
     code, message = fields.get("C", ""), fields.get("M", "unknown error")
     # read_only_sql_transaction; a cursor says it in its own words, before the transaction can
-    if code == "25006" or message.startswith("DECLARE CURSOR must not"):
+    if code == "25006" or message.startswith(("DECLARE CURSOR must not", "SELECT ... INTO is not")):
         return read_only_stop()
     if code == "57014":
         return Stop(1, f"the statement took more than {TIMEOUT} seconds")
