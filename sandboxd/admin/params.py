@@ -1,0 +1,71 @@
+"""Parameters of admin methods, checked: what is wrong is named, what is right has its type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from sandboxd.errors import Invalid, NotFound
+from sandboxd.names import agent_slug, shown
+from sandboxd.policy import Agent
+
+if TYPE_CHECKING:
+    from sandboxd.daemon import Daemon
+
+__all__ = ["bounded", "iso", "known_agent", "param", "slug", "strings", "thread"]
+
+T = TypeVar("T")
+
+
+def known_agent(daemon: Daemon, params: dict[str, Any]) -> Agent:
+    """The configured agent that the parameters name. NotFound lists those that there are."""
+    name = slug(params)
+    agents = daemon.config.agents
+    if name not in agents:
+        raise NotFound(
+            f"no agent {shown(name)}",
+            hint="known agents: "
+            + (", ".join(sorted(agents)) or "none")
+            + "; after adding one: sandboxctl reload",
+        )
+    return agents[name]
+
+
+def param(params: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = params.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise Invalid(f"parameter {name} must be of type {kind.__name__}")
+    return value
+
+
+def slug(params: dict[str, Any]) -> str:
+    return agent_slug(param(params, "agent", str))
+
+
+def strings(params: dict[str, Any], name: str) -> list[str]:
+    values = param(params, name, list)
+    if not all(isinstance(value, str) for value in values):
+        raise Invalid(f"parameter {name} must be a list of strings")
+    return values
+
+
+def bounded(params: dict[str, Any], name: str, default: int, *, most: int = 10_000) -> int:
+    value = params.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise Invalid(f"parameter {name} must be a whole number from 1 to {most:,}")
+    return value
+
+
+def iso(at: float | None) -> str | None:
+    if at is None:
+        return None
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+async def thread(call: Callable[..., T], *args: Any) -> T:
+    return await trio.to_thread.run_sync(call, *args)

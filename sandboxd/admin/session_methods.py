@@ -1,0 +1,207 @@
+"""Sessions over the admin socket: start, watch, signal, stop, read their output."""
+
+from __future__ import annotations
+
+import base64
+import signal
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
+from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.errors import Invalid, NotFound
+from sandboxd.names import session_id, shown
+from sandboxd.sessions.layers import layers
+from sandboxd.sessions.manager import GRACE_SECONDS, Request
+from sandboxd.sessions.output import read_log
+from sandboxd.sessions.session import Session
+from sandboxd.sessions.usage import usage
+from sandboxd.vault.store import SessionRecord
+
+if TYPE_CHECKING:
+    from sandboxd.daemon import Daemon
+
+__all__ = ["SessionMethods"]
+
+
+class SessionMethods:
+    """``session.*``."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def table(self) -> Mapping[str, Method]:
+        return {
+            "session.start": self.start,
+            "session.wait": self.wait,
+            "session.list": self.list_,
+            "session.show": self.show,
+            "session.stop": self.stop,
+            "session.signal": self.signal,
+            "session.logs": self.logs,
+        }
+
+    async def start(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        request = Request(
+            agent=slug(params),
+            args=tuple(strings(params, "args")) if "args" in params else (),
+            by=caller.name,
+            tty=bool(params.get("tty")),
+            attach=bool(params.get("attach")),
+            rows=bounded(params, "rows", 24),
+            columns=bounded(params, "cols", 80),
+            term=str(params.get("term") or ""),
+        )
+        if request.tty and not request.attach:
+            raise Invalid("a terminal needs somebody attached to it")
+        manager = self._daemon.sessions
+        started = await manager.start(request)
+        session = started.session
+        if request.attach:
+
+            async def gone() -> None:
+                if not session.ended.is_set():
+                    await manager.stop(session, reason="its operator left")
+
+            caller.on_disconnect(gone)
+        return Reply({"id": session.id, "pid": session.pid}, started.fds)
+
+    async def wait(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        id = session_id(param(params, "id", str))
+        live = next((s for s in self._daemon.sessions.live if s.id == id), None)
+        if live is not None:
+            await live.ended.wait()
+        record = await self._record(id)
+        return Reply(
+            {
+                "exit_code": record.exit_code,
+                "signal": record.exit_signal,
+                "reason": record.reason,
+            }
+        )
+
+    async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        live = {session.id: session for session in self._daemon.sessions.live}
+        rows = [self._live_row(session) for session in live.values()]
+        if params.get("all"):
+            records = await thread(partial(self._daemon.vault.sessions, include_ended=True))
+            rows += [_record_row(record) for record in records if record.id not in live]
+        return Reply({"sessions": sorted(rows, key=lambda row: str(row["started_at"]))})
+
+    async def show(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        id = param(params, "id", str)
+        try:
+            session = self._daemon.sessions.get(id)
+        except NotFound:
+            record = await self._record(id)
+            return Reply(
+                {
+                    **_record_row(record),
+                    "workspace": record.workspace,
+                    "variables": dict(record.variables),
+                    "network": None,
+                    "isolation": [],
+                    "tools": [],
+                }
+            )
+        used = await thread(usage, session.pid)
+        return Reply(
+            {
+                **self._live_row(session),
+                "usage": {
+                    "processes": used.processes,
+                    "memory": used.memory,
+                    "cpu_seconds": used.cpu,
+                },
+                "workspace": str(session.workspace or ""),
+                "variables": {n: v.version for n, v in session.snapshot.variables.items()},
+                "network": session.terms.network,
+                "isolation": layers(session.terms.network, self._daemon.launcher.mode),
+                "tools": [tool.name for tool in self._daemon.calls.tools(session)],
+            }
+        )
+
+    async def stop(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        session = self._daemon.sessions.get(param(params, "id", str))
+        grace = params.get("grace")
+        if grace is not None and (isinstance(grace, bool) or not isinstance(grace, (int, float))):
+            raise Invalid("grace is a number of seconds")
+        ending = await self._daemon.sessions.stop(
+            session,
+            reason=f"stopped by {caller.name}",
+            grace=GRACE_SECONDS if grace is None else max(0.0, min(float(grace), 3600.0)),
+        )
+        return Reply(
+            {
+                "id": session.id,
+                "state": "ended",
+                "exit_code": ending.code,
+                "exit_signal": ending.signal,
+            }
+        )
+
+    async def signal(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        session = self._daemon.sessions.get(param(params, "id", str))
+        number = param(params, "signal", int)
+        if number not in signal.valid_signals():
+            raise Invalid(f"{number} is not a signal")
+        if session.process is not None:
+            await session.process.signal(number)
+        return Reply({})
+
+    async def logs(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        id = param(params, "id", str)
+        try:
+            id = self._daemon.sessions.get(id).id
+        except NotFound:
+            id = (await self._record(id)).id
+        directory = self._daemon.boot.paths.logs / id
+        recorder = self._daemon.sessions.recorder(id)
+        async for chunk in read_log(directory, recorder, follow=bool(params.get("follow"))):
+            yield {"data": base64.b64encode(chunk).decode()}
+
+    async def _record(self, id: str) -> SessionRecord:
+        records = await thread(partial(self._daemon.vault.sessions, include_ended=True))
+        found = [r for r in records if r.id == id or (id and r.id.startswith(id))]
+        if len(found) != 1:
+            raise NotFound(
+                f"no session {shown(id)}" if not found else f"{shown(id)} is ambiguous",
+                hint="see: sandboxctl session list --all",
+            )
+        return found[0]
+
+    def _live_row(self, session: Session) -> dict[str, Any]:
+        return {
+            "id": session.id,
+            "agent": session.agent.slug,
+            "policy": session.policy.name,
+            "state": session.state,
+            "pid": session.pid,
+            "started_at": iso(session.started_at),
+            "ended_at": None,
+            "exit_code": None,
+            "exit_signal": None,
+            "reason": session.stop_reason,
+            "by": session.by,
+            "calls_running": self._daemon.calls.running(session.id),
+            "lowered": list(session.terms.lowered),
+        }
+
+
+def _record_row(record: SessionRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "agent": record.agent,
+        "policy": record.policy,
+        "state": record.state,
+        "pid": None,
+        "started_at": iso(record.started_at),
+        "ended_at": iso(record.ended_at),
+        "exit_code": record.exit_code,
+        "exit_signal": record.exit_signal,
+        "reason": record.reason,
+        "by": record.by,
+        "calls_running": 0,
+        "lowered": [],
+    }

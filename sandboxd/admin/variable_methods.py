@@ -1,0 +1,162 @@
+"""Variables over the admin socket: values go in, names and fingerprints come out."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
+from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.errors import Invalid, SandboxdError
+from sandboxd.names import shown
+from sandboxd.secret import Secret
+
+if TYPE_CHECKING:
+    from sandboxd.daemon import Daemon
+
+__all__ = ["VariableMethods"]
+
+
+class VariableMethods:
+    """``env.list``, ``env.set`` and ``env.remove``."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def table(self) -> Mapping[str, Method]:
+        return {
+            "env.list": self.list_,
+            "env.set": self.set_,
+            "env.remove": self.remove,
+        }
+
+    async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        agent = known_agent(self._daemon, params).slug
+        variables = await thread(self._daemon.vault.list, agent)
+        return Reply(
+            {
+                "agent": agent,
+                "variables": [
+                    {
+                        "name": v.name,
+                        "version": v.version,
+                        "set_at": iso(v.set_at),
+                        "set_by": v.set_by,
+                        "last_used_at": iso(v.last_used_at),
+                        "fingerprint": v.fingerprint,
+                        "size": v.size,
+                    }
+                    for v in variables
+                ],
+            }
+        )
+
+    async def set_(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        agent = known_agent(self._daemon, params).slug
+        encoded = param(params, "values", dict)
+        if not encoded:
+            raise Invalid("no variable to set")
+        values = {name: _decoded(name, text) for name, text in encoded.items()}
+        vault = self._daemon.vault
+        await self._daemon.audit.append(
+            "env.set",
+            agent=agent,
+            names=sorted(values),
+            by=caller.name,
+            now=bool(params.get("now")),
+        )
+        async with self._told_when_failing("env.set", agent, caller):
+            versions = await thread(partial(vault.set, by=caller.name), agent, values)
+        older = {name: version - 1 for name, version in versions.items()}
+        cancelled = await self._revoke(caller, agent, older) if params.get("now") else 0
+        return Reply(
+            {
+                "agent": agent,
+                "versions": versions,
+                "warnings": self._unused(agent, versions),
+                "live_sessions": self._holding(agent, older),
+                "cancelled_calls": cancelled,
+            }
+        )
+
+    async def remove(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        agent = slug(params)
+        names = strings(params, "names")
+        await self._daemon.audit.append(
+            "env.removed", agent=agent, names=sorted(names), by=caller.name
+        )
+        async with self._told_when_failing("env.removed", agent, caller):
+            remove = partial(self._daemon.vault.remove, by=caller.name)
+            versions = await thread(remove, agent, names)
+        cancelled = await self._revoke(caller, agent, versions) if params.get("now") else 0
+        return Reply(
+            {
+                "agent": agent,
+                "versions": versions,
+                "live_sessions": self._holding(agent, versions),
+                "cancelled_calls": cancelled,
+            }
+        )
+
+    @asynccontextmanager
+    async def _told_when_failing(
+        self, action: str, agent: str, caller: Caller
+    ) -> AsyncIterator[None]:
+        """An action is recorded before it happens; one that then fails is recorded as failed."""
+        try:
+            yield
+        except SandboxdError as failure:
+            await self._daemon.audit.append(
+                "admin.failed", action=action, agent=agent, by=caller.name, problem=failure.code
+            )
+            raise
+
+    async def _revoke(self, caller: Caller, agent: str, versions: Mapping[str, int]) -> int:
+        """Take old versions from live sessions and kill the calls that hold them."""
+        cancelled = 0
+        for name, version in versions.items():
+            if version < 1:
+                continue
+            await self._daemon.audit.append(
+                "env.revoked", agent=agent, name=name, up_to=version, by=caller.name
+            )
+            await thread(partial(self._daemon.vault.revoke, up_to=version), agent, name)
+            cancelled += await self._daemon.calls.cancel_using(agent, name, version)
+        return cancelled
+
+    def _holding(self, agent: str, versions: Mapping[str, int]) -> list[str]:
+        """Live sessions whose snapshot still has one of these versions, unless it was revoked."""
+        vault = self._daemon.vault
+        return [
+            session.id
+            for session in self._daemon.sessions.live
+            if session.agent.slug == agent
+            and any(
+                (sealed := session.snapshot.variables.get(name)) is not None
+                and sealed.version <= version
+                and not vault.is_revoked(sealed)
+                for name, version in versions.items()
+            )
+        ]
+
+    def _unused(self, agent: str, names: Mapping[str, int]) -> list[str]:
+        """A warning for each variable that no tool of the agent declares: it would do nothing."""
+        config = self._daemon.config
+        declared = {
+            secret.variable
+            for tool in config.agents[agent].tools
+            if tool in config.tools
+            for secret in config.tools[tool].secrets
+        }
+        return [f"no tool of {agent} uses {name}" for name in sorted(names) if name not in declared]
+
+
+def _decoded(name: str, text: Any) -> Secret:
+    try:
+        return Secret(base64.b64decode(text, validate=True))
+    except (TypeError, ValueError, binascii.Error):
+        raise Invalid(f"the value of {shown(name)} is not base64") from None
