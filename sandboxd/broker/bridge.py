@@ -17,7 +17,7 @@ import select
 import socket
 import sys
 
-__all__ = ["as_script", "main"]
+__all__ = ["main"]
 
 _CHUNK = 65536
 _NO_SOCKET = 2
@@ -49,13 +49,6 @@ def main() -> None:
     _receive_output(broker)
     # The other thread may wait for input that never comes: leave without asking it.
     os._exit(0)
-
-
-def as_script(interpreter: str) -> bytes:
-    """This file as a program for ``interpreter``, isolated from its environment and site."""
-    with open(__file__, "rb") as file:  # noqa: PTH123 - pathlib doubles the start-up time
-        body = file.read().split(b"\n", 1)[1]
-    return b"#!" + os.fsencode(interpreter) + b" -IS\n" + body
 
 
 def _send_input(broker: socket.socket) -> None:

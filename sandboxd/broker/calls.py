@@ -1,0 +1,531 @@
+"""The life of a tool call: decide, record, unseal, launch, read, end.
+
+The order is the promise: the decision is durable before anything runs, and a secret is unsealed
+only for a call that was allowed and recorded. However a call ends, its whole process tree is dead
+and its last record is written before :meth:`Calls.call` returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets as random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import trio
+
+from sandboxd.audit import JSON, AuditLog
+from sandboxd.broker.capture import Capture, Progress, Stream
+from sandboxd.broker.gate import Busy, Gate
+from sandboxd.broker.launch import Prepared, prepare
+from sandboxd.errors import Denied, SandboxdError, StoreError, Unavailable
+from sandboxd.isolation.client import Exit, Launcher, Process
+from sandboxd.isolation.uids import UidPool
+from sandboxd.isolation.wire import sealed_memfd
+from sandboxd.policy.decide import Decision, decide
+from sandboxd.policy.model import Agent, Config, SecretSpec, Tool
+from sandboxd.secret import Secret
+from sandboxd.vault.vault import Sealed, Snapshot, Vault
+
+__all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
+
+log = logging.getLogger(__name__)
+
+Outcome = Literal["ok", "denied", "failed", "timeout", "cancelled", "overflow", "busy"]
+
+#: Seconds that output may still take once the tree is dead: more means that a descriptor escaped.
+_DRAIN = 2.0
+#: Seconds that a killed tree may take to be reaped, and the last audit record to be written.
+_REAP = 10.0
+#: Seconds between two writes of one variable's last use.
+_TOUCH_PAUSE = 1.0
+
+
+class Session(Protocol):
+    """What a call needs to know of the session that makes it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def agent(self) -> Agent: ...
+    @property
+    def snapshot(self) -> Snapshot: ...
+    @property
+    def workspace(self) -> Path | None: ...
+    @property
+    def uid(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many calls run and wait, and for how many seconds one waits at most."""
+
+    total: int = 16
+    per_session: int = 8
+    queue: int = 64
+    patience: float = 60.0
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """How a call ended. ``stdout`` and ``stderr`` are redacted; ``message`` is for people."""
+
+    outcome: Outcome
+    call: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    stdout: bytes = field(default=b"", repr=False)
+    stderr: bytes = field(default=b"", repr=False)
+    truncated: bool = False
+    message: str = ""
+    hint: str = ""
+    rule: str = ""
+
+
+@dataclass(eq=False)
+class _Live:
+    """A call between its decision and its last record."""
+
+    id: str
+    session: Session
+    tool: str
+    began: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+    versions: Mapping[str, int] = field(default_factory=dict)
+    reason: str = ""
+    capture: Capture | None = None
+    exit: Exit | None = None
+    alive: bool = False
+
+
+class Calls:
+    """Every tool call of every session of one daemon."""
+
+    def __init__(
+        self,
+        *,
+        config: Callable[[], Config],
+        vault: Vault,
+        audit: AuditLog,
+        launcher: Launcher,
+        uids: UidPool,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self._config, self._vault, self._audit = config, vault, audit
+        self._launcher, self._uids = launcher, uids
+        bounds = bounds or Bounds()
+        self._gate = Gate(
+            total=bounds.total,
+            per_session=bounds.per_session,
+            queue=bounds.queue,
+            patience=bounds.patience,
+        )
+        self._live: dict[str, _Live] = {}
+        self._touched: dict[tuple[str, str, int], float] = {}
+
+    def tools(self, session: Session) -> list[Tool]:
+        """The tools that this session may see, in the order of its agent's file."""
+        known = self._config().tools
+        return [known[name] for name in session.agent.tools if name in known]
+
+    def running(self, session_id: str | None = None) -> int:
+        """How many calls are alive, of one session or of all."""
+        return sum(session_id in (None, live.session.id) for live in self._live.values())
+
+    async def call(
+        self,
+        session: Session,
+        tool: str,
+        arguments: Mapping[str, Any],
+        *,
+        progress: Progress | None = None,
+    ) -> CallResult:
+        """Run one tool for ``session``. Everything that can go wrong is in the result.
+
+        Being cancelled kills the tree and still writes the last record. ``progress`` gets the
+        bytes printed so far and the newest text.
+        """
+        try:
+            async with self._gate.slot(session.id):
+                live = _Live(_new_id(), session, tool, trio.current_time())
+                self._live[live.id] = live
+                try:
+                    return await self._decide(live, arguments, progress)
+                finally:
+                    del self._live[live.id]
+                    live.ended.set()
+        except Busy as busy:
+            return CallResult("busy", message=busy.message, hint=busy.hint)
+
+    async def cancel_using(self, agent: str, name: str, up_to: int) -> int:
+        """End the calls that hold a version of the variable up to ``up_to``; how many there were.
+
+        Returns when their trees are dead.
+        """
+        return await self._cancel(
+            [
+                live
+                for live in self._live.values()
+                if live.session.agent.slug == agent and 0 < live.versions.get(name, 0) <= up_to
+            ],
+            f"the variable {name} was revoked",
+        )
+
+    async def cancel_session(self, session_id: str) -> int:
+        """End every call of a session; how many there were. Returns when their trees are dead."""
+        return await self._cancel(
+            [live for live in self._live.values() if live.session.id == session_id],
+            "the session was stopped",
+        )
+
+    async def _cancel(self, calls: Sequence[_Live], reason: str) -> int:
+        for live in calls:
+            live.reason = live.reason or reason
+            live.scope.cancel()
+        for live in calls:
+            await live.ended.wait()
+        return len(calls)
+
+    async def _decide(
+        self, live: _Live, arguments: Mapping[str, Any], progress: Progress | None
+    ) -> CallResult:
+        """Decide and record; what was allowed and recorded goes on to run."""
+        session = live.session
+        decision = decide(self._config(), session.agent, live.tool, arguments)
+        chosen, missing = _choose(decision, session.snapshot)
+        verdict, reason = decision.verdict, decision.reason
+        if verdict == "allow" and missing:
+            verdict, reason = "deny", f"{session.agent.slug} has no variable {', '.join(missing)}"
+        live.versions = {sealed.name: sealed.version for _, sealed in chosen}
+        injected: list[JSON] = [
+            {"name": sealed.name, "version": sealed.version, "delivery": spec.delivery}
+            for spec, sealed in chosen
+        ]
+        try:
+            await self._audit.append(
+                "call.decided",
+                **_who(live),
+                decision=verdict,
+                rule=decision.rule,
+                reason=reason,
+                injected=injected if verdict == "allow" else [],
+            )
+        except StoreError as error:
+            log.error("call %s refused: the audit log can't be written", live.id)
+            return CallResult(
+                "failed",
+                live.id,
+                message="nothing runs while the audit log can't be written",
+                hint=error.hint or "tell the operator; sandboxctl audit verify says more",
+            )
+        if verdict == "deny":
+            hint = decision.hint
+            if decision.allowed:
+                hint = f"the operator can: sandboxctl env set {session.agent.slug} {missing[0]}"
+            return CallResult("denied", live.id, message=reason, hint=hint, rule=decision.rule)
+        return await self._run(live, decision, chosen, progress)
+
+    async def _run(
+        self,
+        live: _Live,
+        decision: Decision,
+        chosen: Sequence[tuple[SecretSpec, Sealed]],
+        progress: Progress | None,
+    ) -> CallResult:
+        """Run what was allowed. Its last record is written whatever happens, cancelled or not."""
+        result = CallResult("cancelled", live.id, message="the call was cancelled")
+        try:
+            with live.scope:
+                result = await self._execute(live, decision, chosen, progress)
+            if live.scope.cancelled_caught:
+                result = replace(result, message=f"the call was ended: {live.reason}")
+        except* SandboxdError as group:
+            error = _first(group)
+            outcome: Outcome = "denied" if isinstance(error, Denied) else "failed"
+            message = f"{live.tool} could not run: {error.message}"
+            result = CallResult(outcome, live.id, message=message, hint=error.hint)
+        except* OSError as group:  # of our own pipes and files: says nothing of the tool's
+            reason = _first(group).strerror or "an operating system error"
+            log.error("call %s failed: %s", live.id, reason)
+            result = CallResult(
+                "failed",
+                live.id,
+                message=f"{live.tool} could not run: {reason}",
+                hint="the daemon may have too few open files: sandboxctl doctor",
+            )
+        except* Exception as group:  # noqa: BLE001 - a call must not end the broker
+            # No traceback: exceptions quote what they choke on, and that can be a secret.
+            log.error("call %s failed: %s", live.id, _describe(_first(group)))
+            result = CallResult(
+                "failed",
+                live.id,
+                message=f"{live.tool} could not run: an internal error",
+                hint="the daemon's log says more",
+            )
+        finally:
+            with trio.move_on_after(_REAP, shield=True):
+                await self._record_end(live, result)
+        return result
+
+    async def _execute(
+        self,
+        live: _Live,
+        decision: Decision,
+        chosen: Sequence[tuple[SecretSpec, Sealed]],
+        progress: Progress | None,
+    ) -> CallResult:
+        """Unseal, launch, read to the end. The uid is free again once nothing runs as it."""
+        unsealed = await self._unseal(chosen)
+        uid = self._uids.acquire()
+        try:
+            prepared = prepare(
+                decision, unsealed, call=live.id, uid=uid, workspace=live.session.workspace
+            )
+            ended = trio.CancelScope()
+            kill = decision.tool is not None and decision.tool.on_overflow == "kill"
+            live.capture = Capture(
+                {spec.variable: secret for spec, secret in unsealed},
+                limit=decision.output_limit,
+                kill=kill,
+                on_overflow=ended.cancel,
+                progress=progress,
+            )
+            ended.deadline = trio.current_time() + decision.timeout
+            await self._attend(live, prepared, live.capture, ended)
+        finally:
+            if not live.alive:  # else something may still run as it
+                self._uids.release(uid)
+        if live.exit is None:
+            raise Unavailable(
+                f"its processes would not die in {_REAP:g} s",
+                hint="one hangs in the kernel (state D in ps); the operator must see to the host",
+            )
+        return _result(live, decision, timed_out=ended.cancelled_caught)
+
+    async def _unseal(
+        self, chosen: Sequence[tuple[SecretSpec, Sealed]]
+    ) -> list[tuple[SecretSpec, Secret]]:
+        """The plaintexts, outside the event loop: another thread may hold the vault's lock."""
+        if not chosen:
+            return []
+
+        def unseal() -> list[tuple[SecretSpec, Secret]]:
+            return [(spec, self._vault.unseal(sealed)) for spec, sealed in chosen]
+
+        return await trio.to_thread.run_sync(unseal)
+
+    async def _attend(
+        self, live: _Live, prepared: Prepared, capture: Capture, ended: trio.CancelScope
+    ) -> None:
+        """Start the program and stay with it until its tree is dead and its output read."""
+        async with trio.open_nursery() as nursery:
+            with contextlib.ExitStack() as given:
+                stdout, stdout_end = _pipe(given)
+                stderr, stderr_end = _pipe(given)
+                readers = [trio.Event(), trio.Event()]
+                nursery.start_soon(_read, capture, "stdout", stdout, readers[0])
+                nursery.start_soon(_read, capture, "stderr", stderr, readers[1])
+                process = await self._launcher.launch(
+                    prepared.spec,
+                    stdin=_stdin(prepared, given),
+                    stdout=stdout_end,
+                    stderr=stderr_end,
+                    extra=[_memory(data, given) for data in prepared.descriptors],
+                )
+            live.alive = True
+            nursery.start_soon(capture.report)
+            try:
+                with ended:
+                    await self._audit.append("call.launched", **_who(live), pid=process.pid)
+                    live.exit = await process.wait()
+            finally:
+                await _end(live, process)
+            with trio.move_on_after(_DRAIN):
+                for reader in readers:
+                    await reader.wait()
+            nursery.cancel_scope.cancel()
+        capture.finish()
+
+    async def _record_end(self, live: _Live, result: CallResult) -> None:
+        """The last audit record and the time of use. Neither can change what happened."""
+        capture, end = live.capture, live.exit
+        try:
+            await self._audit.append(
+                "call.ended",
+                **_who(live),
+                outcome=result.outcome,
+                reason=live.reason or result.message,
+                exit_code=end.code if end else None,
+                signal=end.signal if end else None,
+                duration_ms=round((trio.current_time() - live.began) * 1000),
+                cpu_ms=end.cpu_ms if end else 0,
+                max_rss_kib=end.max_rss_kib if end else 0,
+                output_bytes=capture.received if capture else 0,
+                redactions=capture.redactions if capture else 0,
+            )
+            await self._touch(live)
+        except SandboxdError as error:
+            log.error("call %s ended, but it can't be recorded: %s", live.id, error.message)
+
+    async def _touch(self, live: _Live) -> None:
+        """Remember when the variables were last used, at most once a second for each."""
+        now = time.time()
+        due = [
+            use
+            for name, version in live.versions.items()
+            if now - self._touched.get(use := (live.session.agent.slug, name, version), 0.0)
+            > _TOUCH_PAUSE
+        ]
+        if due and live.capture is not None:
+            self._touched.update(dict.fromkeys(due, now))
+            await trio.to_thread.run_sync(self._vault.touch, due, now)
+
+
+def _choose(
+    decision: Decision, snapshot: Snapshot
+) -> tuple[list[tuple[SecretSpec, Sealed]], list[str]]:
+    """The sealed variables that an allowed call gets, and the required ones that are missing."""
+    chosen, missing = [], []
+    for spec in decision.inject if decision.allowed else ():
+        sealed = snapshot.variables.get(spec.variable)
+        if sealed is not None:
+            chosen.append((spec, sealed))
+        elif spec.required:
+            missing.append(str(spec.variable))
+    return chosen, missing
+
+
+async def _read(
+    capture: Capture, name: Stream, source: trio.lowlevel.FdStream, done: trio.Event
+) -> None:
+    await capture.read(name, source)
+    done.set()
+
+
+async def _end(live: _Live, process: Process) -> None:
+    """Kill what is left of the tree and wait for its end, cancelled or not."""
+    with trio.move_on_after(_REAP, shield=True):
+        try:
+            await process.kill()
+            live.exit = await process.wait()
+        except Unavailable:  # the launcher is gone, and as its children every tree with it
+            live.alive = False
+            raise
+        live.alive = False
+
+
+def _result(live: _Live, decision: Decision, *, timed_out: bool) -> CallResult:
+    """What became of a call whose tree is dead."""
+    capture, end = live.capture, live.exit
+    assert capture is not None
+    assert end is not None
+    result = CallResult(
+        "ok",
+        live.id,
+        exit_code=end.code,
+        signal=end.signal,
+        stdout=capture.stdout,
+        stderr=capture.stderr,
+        truncated=capture.truncated,
+        rule=decision.rule,
+    )
+    if capture.overflowed:
+        return replace(
+            result,
+            outcome="overflow",
+            message=f"{live.tool} was ended: it printed more than {decision.output_limit:,} bytes",
+            hint="ask for less at once",
+        )
+    if timed_out:
+        return replace(
+            result,
+            outcome="timeout",
+            message=f"{live.tool} was ended after {decision.timeout:g} s",
+            hint="ask for less at once; the operator sets timeout in the tool's manifest",
+        )
+    if end.signal is not None:
+        name, hint = _signal(end.signal)
+        return replace(
+            result, outcome="failed", message=f"{live.tool} was killed by {name}", hint=hint
+        )
+    if end.code:
+        message = f"{live.tool} ended with status {end.code}"
+        return replace(result, outcome="failed", message=message)
+    if capture.truncated:
+        message = f"only the first {decision.output_limit:,} bytes of output were kept"
+        return replace(result, message=message)
+    return result
+
+
+def _signal(number: int) -> tuple[str, str]:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    hints = {
+        "SIGKILL": "it may have been over its memory limit",
+        "SIGXCPU": "it used up its CPU time limit",
+        "SIGXFSZ": "it wrote a file over its size limit",
+        "SIGSYS": "it made a system call that the sandbox forbids",
+    }
+    return name, hints.get(name, "")
+
+
+def _who(live: _Live) -> dict[str, Any]:
+    session = live.session
+    return {"agent": session.agent.slug, "session": session.id, "tool": live.tool, "call": live.id}
+
+
+def _new_id() -> str:
+    return "c-" + random.token_hex(8)
+
+
+def _pipe(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
+    """A pipe: our end as a stream, the tool's end as a descriptor that ``given`` closes."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    given.callback(os.close, write)
+    stream = trio.lowlevel.FdStream(read)
+    # The tool runs as another user: let it open /dev/stdout, which opens the pipe anew (proc(5)).
+    os.fchmod(write, 0o666)
+    return stream, write
+
+
+def _stdin(prepared: Prepared, given: contextlib.ExitStack) -> int:
+    """What the tool reads: its bytes, or the end of file at once so that it can't hang."""
+    if prepared.stdin is not None:
+        return _memory(prepared.stdin, given)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    given.callback(os.close, null)
+    return null
+
+
+def _memory(data: bytes, given: contextlib.ExitStack) -> int:
+    """An unnamed file of ``data``, positioned at its start: never on a disk, and no writer task."""
+    fd = sealed_memfd(data)
+    given.callback(os.close, fd)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _first(group: BaseExceptionGroup[Any]) -> Any:
+    """The first plain exception in nested groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _describe(error: BaseException) -> str:
+    """An unexpected exception by its class and place only: its text may quote a secret."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f" at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else ""
+    return type(error).__name__ + where

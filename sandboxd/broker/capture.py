@@ -1,0 +1,140 @@
+"""What a tool prints: read in pieces, redacted, and kept only up to a bound."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
+
+import trio
+
+from sandboxd.redact import Redactor
+from sandboxd.secret import Secret
+
+__all__ = ["Capture", "Progress", "Stream"]
+
+Stream = Literal["stdout", "stderr"]
+Progress = Callable[[float, str], Awaitable[None]]
+
+_CHUNK = 65536
+#: A tool may print this many times what is kept before it is ended even when its manifest says
+#: ``truncate``: reading on costs the broker, and nobody sees it.
+_PATIENCE = 64
+#: Seconds between two progress reports, and the characters of output that one carries at most.
+_PROGRESS_PAUSE = 0.1
+_PROGRESS_TEXT = 4096
+
+
+class Capture:
+    """The output of one call: both streams together keep at most ``limit`` redacted bytes.
+
+    What is over the bound is read and dropped (``truncated``). ``on_overflow`` is called once
+    when the call has to end for it: at the bound with ``kill``, else far behind it.
+    """
+
+    def __init__(
+        self,
+        secrets: Mapping[str, Secret],
+        *,
+        limit: int,
+        kill: bool,
+        on_overflow: Callable[[], None],
+        progress: Progress | None = None,
+    ) -> None:
+        self._redactors = {"stdout": Redactor(secrets), "stderr": Redactor(secrets)}
+        self._kept = {"stdout": bytearray(), "stderr": bytearray()}
+        self._room = limit
+        self._most = limit if kill else limit * _PATIENCE
+        self._on_overflow = on_overflow
+        self._reports = _Reports(progress) if progress is not None else None
+        self.received = 0
+        self.truncated = False
+        self.overflowed = False
+
+    @property
+    def stdout(self) -> bytes:
+        return bytes(self._kept["stdout"])
+
+    @property
+    def stderr(self) -> bytes:
+        return bytes(self._kept["stderr"])
+
+    @property
+    def redactions(self) -> int:
+        return sum(redactor.hits for redactor in self._redactors.values())
+
+    async def read(self, stream: Stream, source: trio.lowlevel.FdStream) -> None:
+        """Take ``source`` to its end."""
+        async with source:
+            while data := await source.receive_some(_CHUNK):
+                self._take(stream, data)
+
+    async def report(self) -> None:
+        """Pass progress on until cancelled; a slow listener loses text, never holds the tool up."""
+        if self._reports is not None:
+            await self._reports.run()
+
+    def finish(self) -> None:
+        """The streams are over: give out what was held back, end cut text at a character."""
+        for stream, redactor in self._redactors.items():
+            self._keep(stream, redactor.flush())
+        if self.truncated:
+            for kept in self._kept.values():
+                _trim(kept)
+
+    def _take(self, stream: Stream, data: bytes) -> None:
+        self.received += len(data)
+        if self._room > 0:
+            self._keep(stream, self._redactors[stream].feed(data))
+        else:
+            self.truncated = True
+        if self.received > self._most and not self.overflowed:
+            self.overflowed = self.truncated = True
+            self._on_overflow()
+
+    def _keep(self, stream: str, data: bytes) -> None:
+        if len(data) > self._room:
+            self.truncated = True
+            data = data[: self._room]
+        self._room -= len(data)
+        self._kept[stream] += data
+        if self._reports is not None and data:
+            self._reports.add(stream, data, self.received)
+
+
+class _Reports:
+    """Output on its way to somebody who watches: the latest text, in his own time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._decoders = {
+            stream: codecs.getincrementaldecoder("utf-8")("replace")
+            for stream in ("stdout", "stderr")
+        }
+        self._news = trio.Event()
+        self._text = ""
+        self._total = 0
+
+    def add(self, stream: str, data: bytes, total: int) -> None:
+        self._text = (self._text + self._decoders[stream].decode(data))[-_PROGRESS_TEXT:]
+        self._total = total
+        self._news.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            text, self._text = self._text, ""
+            await self._progress(float(self._total), text)
+            await trio.sleep(_PROGRESS_PAUSE)
+
+
+def _trim(data: bytearray) -> None:
+    """Drop a character that the bound cut in two, so that text stays text (UTF-8, RFC 3629)."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:  # not a continuation byte: the last character starts here
+            length = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            if length > back:
+                del data[-back:]
+            return

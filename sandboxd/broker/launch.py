@@ -1,0 +1,167 @@
+"""From a decision and its secrets to what the launcher starts: one pure function, no side effects.
+
+A tool's environment starts empty. What it holds is in this order, later ones never replacing
+earlier ones: PATH, HOME, LANG, TMPDIR, the manifest's constants, the secrets that it declares.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sandboxd.errors import Invalid
+from sandboxd.isolation.runtime import python_argv, python_mounts
+from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
+from sandboxd.names import MAX_ENV_STRING, variable_value
+from sandboxd.policy.decide import Decision
+from sandboxd.policy.model import SecretSpec, Tool
+from sandboxd.secret import Secret
+
+__all__ = ["FIRST_FD", "SECRETS", "Prepared", "prepare"]
+
+#: Where a secret delivered as a file appears, named as the manifest says.
+SECRETS = "/run/secrets"
+#: The descriptor of the first secret delivered by descriptor; the next ones follow.
+FIRST_FD = 3
+
+_USER = "tool"
+_WORKSPACE = "/workspace"
+_TEMPORARY = "/tmp"  # noqa: S108 - the sandbox's own, private one
+_BASE = (
+    ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"),
+    ("HOME", f"/home/{_USER}"),
+    ("LANG", "C.UTF-8"),
+    ("TMPDIR", _TEMPORARY),
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A launch: the spec, the bytes of standard input (None: nothing to read), secrets for
+    descriptors ``FIRST_FD`` and up."""
+
+    spec: LaunchSpec
+    stdin: bytes | None = field(repr=False)
+    descriptors: tuple[bytes, ...] = field(default=(), repr=False)
+
+
+def prepare(
+    decision: Decision,
+    secrets: Sequence[tuple[SecretSpec, Secret]],
+    *,
+    call: str,
+    uid: int,
+    workspace: Path | None,
+) -> Prepared:
+    """What to launch for an allowed ``decision``.
+
+    Raises Invalid when the kernel could not take the environment and arguments (execve(2)).
+    """
+    tool = decision.tool
+    if tool is None:
+        raise Invalid("there is no tool to launch")
+    environment = dict(_BASE)
+    environment.update(tool.environment)
+    env = [(name.encode(), value.encode()) for name, value in environment.items()]
+    files: list[FileSpec] = []
+    descriptors: list[bytes] = []
+    stdin = decision.stdin
+    for spec, secret in secrets:
+        name, value = spec.as_name or spec.variable, secret.reveal()
+        if spec.delivery == "env":
+            env.append((name.encode(), variable_value(name, value)))
+        elif spec.delivery == "file":
+            files.append(FileSpec(f"{SECRETS}/{name}", value, 0o400))
+        elif spec.delivery == "fd":
+            env.append((name.encode(), b"%d" % (FIRST_FD + len(descriptors))))
+            descriptors.append(value)
+        else:
+            stdin = value
+    argv = _argv(tool, decision)
+    _check_size(tool, argv, env)
+    access = decision.workspace if workspace is not None else "none"
+    spec_out = LaunchSpec(
+        id=call,
+        argv=argv,
+        env=tuple(env),
+        uid=uid,
+        cwd=_WORKSPACE if access != "none" else _TEMPORARY,
+        network=decision.network,
+        hostname=tool.name.replace("_", "-"),
+        user=_USER,
+        mounts=_mounts(tool, workspace, access),
+        files=tuple(files),
+        extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
+        limits=_limits(decision),
+    )
+    return Prepared(spec_out, stdin, tuple(descriptors))
+
+
+def _argv(tool: Tool, decision: Decision) -> tuple[bytes, ...]:
+    program = str(tool.program)
+    start = python_argv(program) if tool.runtime == "python" else (os.fsencode(program),)
+    return (*start, *(argument.encode() for argument in decision.argv))
+
+
+def _mounts(tool: Tool, workspace: Path | None, access: str) -> tuple[MountSpec, ...]:
+    """The tool's own folder, its interpreter, what the manifest mounts, and the workspace."""
+    mounts = [MountSpec(str(tool.directory), str(tool.directory))]
+    if tool.runtime == "python":
+        mounts += python_mounts()
+    program = Path(tool.program)
+    if not program.is_relative_to(tool.directory) and not program.is_relative_to("/usr"):
+        mounts.append(MountSpec(str(program), str(program)))
+    for mount in tool.mounts:
+        mounts.append(
+            MountSpec(
+                str(mount.source),
+                str(mount.target),
+                readonly=mount.mode == "ro",
+                idmap=mount.mode == "rw",
+            )
+        )
+    if workspace is not None and access != "none":
+        mounts.append(MountSpec(str(workspace), _WORKSPACE, readonly=access == "ro", idmap=True))
+    return tuple(mounts)
+
+
+def _limits(decision: Decision) -> Limits:
+    limits = decision.limits
+    given = {
+        "memory": limits.memory,
+        "processes": limits.processes,
+        "open_files": limits.files,
+        "file_size": limits.file_size,
+        "cpu_seconds": None if limits.cpu is None else max(1, round(limits.cpu)),
+        "tmp_size": limits.tmp_size,
+    }
+    return Limits(**{name: int(value) for name, value in given.items() if value is not None})
+
+
+def _check_size(tool: Tool, argv: Sequence[bytes], env: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse what execve(2) would answer with E2BIG, while the reason can still be told.
+
+    Arguments and environment share a quarter of the stack limit, pointers included; 4 KiB stay
+    for the program's path and what the kernel adds (execve(2), "Limits on size").
+    """
+    for argument in argv:
+        if len(argument) >= MAX_ENV_STRING:
+            raise Invalid(
+                f"an argument of {tool.name} is too long for the kernel",
+                hint=f"one argument may have {MAX_ENV_STRING - 1:,} bytes; let the tool read "
+                "large input from stdin or the workspace",
+            )
+    strings = [*argv, *(name + b"=" + value for name, value in env)]
+    size = sum(len(string) + 1 + 8 for string in strings) + 4096
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    limit = min(stack, 24 << 20) // 4 if stack != resource.RLIM_INFINITY else 6 << 20
+    if size > limit:
+        raise Invalid(
+            f"environment and arguments of {tool.name} are {size - limit:,} bytes too large "
+            "for the kernel",
+            hint=f"together they may have {limit:,} bytes (execve(2)); deliver large secrets "
+            "as files: delivery: file",
+        )
