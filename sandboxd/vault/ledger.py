@@ -60,7 +60,7 @@ class Ledger:
             mark = guard.read()
             header = tx.header()
             if header is None:
-                if tx.key_rows() or next(tx.digests(), None):
+                if tx.key_rows() or any(True for _ in tx.digests()):
                     raise StoreError("the store is corrupted: its header is gone", hint=_RESTORE)
                 if mark is not None:
                     raise StoreError(

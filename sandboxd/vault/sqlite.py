@@ -295,7 +295,9 @@ def _session(row: tuple[Any, ...]) -> SessionRecord:
             f"the record of session {shown(str(row[0]))} is corrupted",
             hint="restore the store from a backup",
         )
-    return SessionRecord(*row[:-2], versions, row[-1])
+    columns = dict(zip(_SESSION.split(", "), row, strict=True))
+    columns["by"] = columns.pop("started_by")
+    return SessionRecord(**columns | {"variables": versions})
 
 
 def _make_file(path: Path) -> bool:
