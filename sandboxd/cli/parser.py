@@ -89,7 +89,10 @@ class Parser(argparse.ArgumentParser):
         self.examples: tuple[tuple[str, str], ...] = ()
 
     def error(self, message: str) -> NoReturn:
-        if self.secret_arguments:
+        if message.startswith("argument COMMAND: invalid choice: "):
+            given = message.split("'")[1] if "'" in message else ""
+            message = f"there is no command '{given}'"
+        elif self.secret_arguments:
             message = "wrong arguments" if "required" not in message else message
         message = message.replace("the following arguments are required", "missing")
         print(f"sandboxctl: {message}", file=sys.stderr)
@@ -115,7 +118,12 @@ def build(only: str | None = None) -> Parser:
     _add_shared(parser)
     parser.set_defaults(config=None, state=None, runtime=None, json=False, rest=None)
     commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", dest="command", parser_class=Parser, required=True
+        title="commands",
+        prog="sandboxctl",
+        metavar="COMMAND",
+        dest="command",
+        parser_class=Parser,
+        required=True,
     )
     for name, (module, line) in NOUNS.items():
         if only is None or name == only:
@@ -160,7 +168,7 @@ def command(
     made: Parser = commands.add_parser(
         name,
         help=help,
-        description=description or help[:1].upper() + help[1:] + ".",
+        description=_wrapped(description or help[:1].upper() + help[1:] + "."),
         epilog=f"examples:\n{epilog}" if examples else None,
         **options,
     )
@@ -172,7 +180,7 @@ def command(
 
 def group(commands: Commands, name: str, *, help: str, description: str = "") -> Commands:
     """Add a noun with commands of its own; returns what :func:`command` adds to."""
-    made: Parser = commands.add_parser(name, help=help, description=description or None)
+    made: Parser = commands.add_parser(name, help=help, description=_wrapped(description))
     return made.add_subparsers(
         title="commands", metavar="COMMAND", dest="subcommand", parser_class=Parser, required=True
     )
@@ -187,6 +195,12 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     ):
         shared.add_argument(option, metavar="DIR", default=argparse.SUPPRESS, help=what)
     shared.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return "\n\n".join(textwrap.fill(part, 96) for part in text.split("\n\n"))
 
 
 def _command_words(argv: Sequence[str]) -> list[str]:
