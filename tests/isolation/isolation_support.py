@@ -1,0 +1,170 @@
+"""A box to try things in: programs and small Python probes, run in real sandboxes.
+
+A probe is Python source that calls ``tell(name=value, ...)`` once. The same source runs outside a
+sandbox too (``outside``), which is how a test shows that its probe works where nothing forbids it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from sandboxd.isolation.client import Exit, Launcher, Process
+from sandboxd.isolation.runtime import python_mounts
+from sandboxd.isolation.wire import LaunchSpec
+
+ORDINARY_UID = 64123
+
+#: A Python that sandboxes see without a mount of its own, or else the one that runs the tests.
+_SYSTEM_PYTHONS = [
+    path for path in ("/usr/bin/python3", "/usr/local/bin/python3") if Path(path).exists()
+]
+PYTHON = _SYSTEM_PYTHONS[0] if _SYSTEM_PYTHONS else sys.executable
+_PYTHON_MOUNTS = () if _SYSTEM_PYTHONS else python_mounts()
+
+PRELUDE = """
+import ctypes, errno, json, os, resource, signal, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(action, *args, **options):
+    try:
+        action(*args, **options)
+    except OSError as failure:
+        return errno.errorcode[failure.errno]
+    return "ok"
+def call(function, *args):
+    done = getattr(libc, function)(*args)
+    return "ok" if done >= 0 else errno.errorcode[ctypes.get_errno()]
+def status(field, pid="self"):
+    for line in open(f"/proc/{pid}/status"):
+        if line.startswith(field + ":"):
+            return line.split(":")[1].split()
+def tell(**facts):
+    json.dump(facts, sys.stdout)
+    sys.stdout.flush()
+"""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@dataclass(frozen=True)
+class Result:
+    exit: Exit
+    out: bytes
+    err: bytes
+
+
+class Running:
+    """A started program with its output read as it comes."""
+
+    def __init__(self, process: Process, out: int, err: int) -> None:
+        self.process = process
+        self._out, self._err = trio.lowlevel.FdStream(out), trio.lowlevel.FdStream(err)
+
+    async def ready(self, word: bytes = b"ready\n") -> None:
+        """Wait until the program has printed ``word``."""
+        seen = b""
+        while word not in seen:
+            chunk = await self._out.receive_some()
+            assert chunk, f"ended before it was ready: {seen!r} {await self._rest(self._err)!r}"
+            seen += chunk
+
+    async def end(self) -> Result:
+        """Wait for the end; the output that is left, up to the closing of both pipes."""
+        exited = await self.process.wait()
+        return Result(exited, await self._rest(self._out), await self._rest(self._err))
+
+    @staticmethod
+    async def _rest(stream: trio.lowlevel.FdStream) -> bytes:
+        return b"".join([chunk async for chunk in stream])
+
+    async def aclose(self) -> None:
+        await self._out.aclose()
+        await self._err.aclose()
+
+
+class Box:
+    """Runs programs in sandboxes of one launcher."""
+
+    _uids = itertools.count(1_900_000_100)
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+
+    @property
+    def user(self) -> int:
+        """The host uid of whoever owns what a sandbox in mode ``user`` may touch."""
+        return ORDINARY_UID if os.geteuid() == 0 else os.geteuid()
+
+    def uid(self) -> int:
+        return next(self._uids) if self.launcher.privileged else self.user
+
+    def spec(self, argv: Sequence[str | bytes], env: Iterable[str] = (), **more: Any) -> LaunchSpec:
+        more.setdefault("uid", self.uid())
+        pairs = [os.fsencode(item).split(b"=", 1) for item in env]
+        return LaunchSpec(
+            id="test",
+            argv=tuple(os.fsencode(word) for word in argv),
+            env=tuple((name, value) for name, value in pairs),
+            **more,
+        )
+
+    @asynccontextmanager
+    async def start(
+        self, *argv: str | bytes, extra: Sequence[int] = (), **more: Any
+    ) -> AsyncIterator[Running]:
+        """Start a program; killed at the end of the block if it still runs."""
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        out, out_end = os.pipe2(os.O_CLOEXEC)
+        err, err_end = os.pipe2(os.O_CLOEXEC)
+        try:
+            process = await self.launcher.launch(
+                self.spec(argv, **more), stdin=null, stdout=out_end, stderr=err_end, extra=extra
+            )
+        except BaseException:
+            os.close(out)
+            os.close(err)
+            raise
+        finally:
+            for fd in (null, out_end, err_end):
+                os.close(fd)
+        running = Running(process, out, err)
+        try:
+            yield running
+        finally:
+            with trio.CancelScope(shield=True):
+                if not self.launcher.gone.is_set():
+                    await process.kill()
+                    await process.wait()
+                await running.aclose()
+
+    async def run(self, *argv: str | bytes, **more: Any) -> Result:
+        async with self.start(*argv, **more) as running:
+            return await running.end()
+
+    async def sh(self, script: str, **more: Any) -> Result:
+        more.setdefault("env", ["PATH=/usr/bin:/bin:/usr/sbin:/sbin"])
+        return await self.run("/bin/sh", "-c", script, **more)
+
+    def python(self, code: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The program that runs probe ``code``, and the spec's other fields."""
+        more["mounts"] = (*_PYTHON_MOUNTS, *more.get("mounts", ()))
+        return (PYTHON, "-I", "-S", "-c", PRELUDE + code), more
+
+    async def probe(self, code: str, **more: Any) -> dict[str, Any]:
+        """What ``code`` tells from inside a sandbox."""
+        argv, more = self.python(code, **more)
+        result = await self.run(*argv, **more)
+        assert result.exit.code == 0, (result.exit, result.err.decode())
+        facts: dict[str, Any] = json.loads(result.out)
+        return facts
