@@ -178,3 +178,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         + made.public_bytes(serialization.Encoding.PEM)
     )
     return path
+
+
+@pytest.fixture
+def serve() -> Any:
+    """``with serve(Handler) as port``: a server of any handler class."""
+    return serving
