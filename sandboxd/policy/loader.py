@@ -194,6 +194,8 @@ class _Loader:
 
     def _yaml_files(self, directory: Path, kind: str) -> Iterator[tuple[Path, str]]:
         if not self._trusted_folder(directory):
+            listed = list_directory(directory, Problems())
+            self.loaded.broken[kind] |= {name.removesuffix(".yaml") for name in listed}
             return
         for name in list_directory(directory, self.problems):
             path = directory / name
@@ -212,6 +214,7 @@ class _Loader:
 
     def _tool_folders(self, directory: Path) -> Iterator[tuple[Path, Path]]:
         if not self._trusted_folder(directory):
+            self.loaded.broken["tools"] |= set(list_directory(directory, Problems()))
             return
         for name in list_directory(directory, self.problems):
             folder = directory / name

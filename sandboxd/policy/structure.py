@@ -292,6 +292,10 @@ def _globs(value: Any) -> Globs:
     return Globs(tuple(_each(enumerate(value), values.glob, Globs, Globs)))
 
 
+def _hook(check: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda value, _: check(value)
+
+
 def _origin(kind: Any) -> Any:
     return typing.get_origin(kind)
 
@@ -310,10 +314,8 @@ def _make_converter() -> Converter:
         lambda t: lambda value, _: values.choice(value, typing.get_args(t)),
     )
     for kind, check in values.checks.items():
-        converter.register_structure_hook_func(
-            lambda t, kind=kind: t is kind,  # type: ignore[misc]
-            lambda value, _, check=check: check(value),  # type: ignore[misc]
-        )
+        # Both of classes and of NewTypes; for str, int and bool it takes the place of coercion.
+        converter.register_structure_hook(kind, _hook(check))
     secret = _class_hook(SecretSpec, converter)
     converter.register_structure_hook(SecretSpec, lambda value, _: _secret(value, secret))
     converter.register_structure_hook(Stdin, lambda value, _: _stdin(value))

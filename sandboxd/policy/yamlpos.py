@@ -8,6 +8,7 @@ how YAML bombs and object construction work. Plain scalars follow the YAML 1.2 c
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ MAX_NODES = 20_000
 Path = tuple["str | int", ...]
 
 _STAR = 'put a text that starts with * in quotes: "*"; otherwise write the value out'
+#: What escapes in double quotes can smuggle in: NUL, and surrogates, which UTF-8 doesn't have.
+_UNSAFE = re.compile("[\0\ud800-\udfff]")
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]{1,3})?")
 
@@ -193,6 +196,8 @@ def _build(events: Iterator[Event], document: Document) -> Document:
             assert isinstance(event, MappingStartEvent | SequenceStartEvent)
         else:
             assert isinstance(event, ScalarEvent)
+            if _UNSAFE.search(event.value):
+                raise fail(event, "an escape for NUL or half a character", "write the character")
             value = _scalar(event)
         if level is None:
             document.value = value
@@ -222,6 +227,8 @@ def _close(level: _Level, path: list[str | int]) -> None:
 def _key(event: NodeEvent, fail: Any) -> str:
     if not isinstance(event, ScalarEvent):
         raise fail(event, "expected a key, found a list or mapping", "keys are plain words")
+    if _UNSAFE.search(event.value):
+        raise fail(event, "an escape for NUL or half a character", "write the character")
     key = _scalar(event)
     if not isinstance(key, str):
         raise fail(event, f"expected a key that is text, found {event.value}", "put it in quotes")
@@ -240,6 +247,7 @@ def _scalar(event: ScalarEvent) -> Any:
         return False
     if _INT.fullmatch(text):
         return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
+    if _FLOAT.fullmatch(text) and not text.lstrip("+-").isdigit():
+        number = float(text)
+        return number if math.isfinite(number) else text
     return text
