@@ -221,9 +221,10 @@ class _Connection:
                 self._changed.set()
         self.written.set()
 
-    def settle(self, id: types.RequestId) -> None:
+    def settle(self, id: types.RequestId | None) -> None:
         """The request is answered, or never will be."""
-        self._open.discard(coerce_request_id(id))
+        if id is not None:
+            self._open.discard(coerce_request_id(id))
         self._changed.set()
 
     async def _take(self, line: bytes | Refused) -> SessionMessage:
@@ -320,8 +321,7 @@ class _Outbox(_Stream):
         except trio.ClosedResourceError:
             raise anyio.ClosedResourceError from None
         finally:
-            answer = isinstance(message, types.JSONRPCResponse | types.JSONRPCError)
-            if answer and message.id is not None:
+            if isinstance(message, types.JSONRPCResponse | types.JSONRPCError):
                 self._connection.settle(message.id)
 
     async def reply(self, message: types.JSONRPCMessage) -> None:
