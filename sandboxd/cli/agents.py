@@ -53,7 +53,7 @@ def agents(args: argparse.Namespace) -> int:
                 ",".join(agent["tools"]) or "-",
                 str(agent["variables"]),
                 str(agent["sessions"]),
-                agent["description"],
+                _first_line(agent["description"]),
             )
             for agent in got["agents"]
         ),
@@ -77,7 +77,7 @@ def tools(args: argparse.Namespace) -> int:
                 tool["network"],
                 tool["workspace"],
                 f"{tool['timeout']:g}s",
-                tool["description"],
+                _first_line(tool["description"]),
             )
             for tool in got["tools"]
         ),
@@ -89,3 +89,8 @@ def tools(args: argparse.Namespace) -> int:
 
 def _secret(secret: object) -> str:
     return str(secret["variable"]) if isinstance(secret, dict) else str(secret)
+
+
+def _first_line(text: str) -> str:
+    first, _, more = text.strip().partition("\n")
+    return f"{first} …" if more else first

@@ -99,6 +99,31 @@ class Parser(argparse.ArgumentParser):
         print(f"  hint: see {self.prog} --help", file=sys.stderr)
         sys.exit(self.usage_status)
 
+    def format_usage(self) -> str:
+        self._state_usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self._state_usage()
+        return super().format_help()
+
+    def simple_usage(self) -> str:
+        """The command and its arguments, with the options left to their own list."""
+        words = [self.prog, "[options]"]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                words += ["COMMAND", "..."]
+            elif not action.option_strings:
+                name = str(action.metavar or action.dest)
+                if action.choices:
+                    name = "|".join(map(str, action.choices))
+                words.append({"?": f"[{name}]", "+": f"{name} ..."}.get(str(action.nargs), name))
+        return " ".join(words)
+
+    def _state_usage(self) -> None:
+        if self.usage is None:
+            self.usage = self.simple_usage().replace("%", "%%")
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
