@@ -85,11 +85,11 @@ class MasterKey:
 
 
 def load_master_key(
-    source: KeySource, *, ask: Ask | None = None, environ: Mapping[str, str] = os.environ
+    source: KeySource, *, ask: Ask | None = None, credentials: str | None = None
 ) -> MasterKey:
     """The master key from its source.
 
-    A passphrase comes from its file or from ``ask``; the first one ever is accepted as it is
+    ``credentials`` stands in for $CREDENTIALS_DIRECTORY. A passphrase comes from its file or from ``ask``; the first one ever is accepted as it is
     (asked twice) and remembered by a verifier. Raises :class:`Denied` when a file isn't private or
     the passphrase is wrong, :class:`Unavailable` when there is nothing to load from, and
     :class:`StoreError` when what is there is damaged.
@@ -99,7 +99,9 @@ def load_master_key(
             raise Invalid("a key file needs a path")
         return _parse(_read(source.path, "the key file"), f"the key file {source.path}")
     if source.kind == "credential":
-        return _from_credential(source.name, environ.get("CREDENTIALS_DIRECTORY", ""))
+        if credentials is None:
+            credentials = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        return _from_credential(source.name, credentials)
     if source.state is None:
         raise Invalid("a passphrase needs the state directory that keeps its salt")
     return _from_passphrase(source.state, source.path, ask)
