@@ -17,9 +17,9 @@ Stream = Literal["stdout", "stderr"]
 Progress = Callable[[float, str], Awaitable[None]]
 
 _CHUNK = 65536
-#: A tool may print this many times what is kept before it is ended even when its manifest says
+#: A tool may print this much more than is kept before it is ended even when its manifest says
 #: ``truncate``: reading on costs the broker, and nobody sees it.
-_PATIENCE = 64
+_PATIENCE = 64 << 20
 #: Seconds between two progress reports, and the characters of output that one carries at most.
 _PROGRESS_PAUSE = 0.1
 _PROGRESS_TEXT = 4096
@@ -44,7 +44,7 @@ class Capture:
         self._redactors = {"stdout": Redactor(secrets), "stderr": Redactor(secrets)}
         self._kept = {"stdout": bytearray(), "stderr": bytearray()}
         self._room = limit
-        self._most = limit if kill else limit * _PATIENCE
+        self._most = limit if kill else limit + _PATIENCE
         self._on_overflow = on_overflow
         self._reports = _Reports(progress) if progress is not None else None
         self.received = 0
