@@ -361,7 +361,7 @@ def _rendered(name: str, bindir: Path) -> str:
 
 
 def _check_programs(target: _Target, bindir: Path) -> None:
-    """Refuse programs that are missing, that others can change, or that the broker can't read."""
+    """Refuse programs that are missing, or that anybody but root can change."""
     if not re.fullmatch(r"[A-Za-z0-9/._+-]+", str(bindir)):
         raise Invalid(
             f"the path {bindir} has characters that mean something in a unit file",
@@ -375,31 +375,42 @@ def _check_programs(target: _Target, bindir: Path) -> None:
                 hint="install it first: python3 -m venv /opt/sandboxd && "
                 "/opt/sandboxd/bin/pip install sandboxd",
             )
-    for name in _PROGRAMS:
-        _check_custody(target, target.outside(bindir / name))
+    for name in (*_PROGRAMS, "python"):
+        if (program := target.outside(bindir / name)).exists():
+            _check_custody(target, program)
     if target.is_host:
         _check_custody(target, Path(__file__).resolve())
 
 
 def _check_custody(target: _Target, program: Path) -> None:
-    """Every directory down to ``program``, and it itself: root's own, nobody else's to write."""
-    move = "install sandboxd as root where only root writes: python3 -m venv /opt/sandboxd"
-    program = program.resolve()
-    if not program.is_relative_to(target.root):
-        return
-    parents = [p for p in program.parents if p.is_relative_to(target.root)]
-    for path in (*reversed(parents), program):
-        at = path.stat()
-        # In a sticky directory only the owner of an entry replaces it (unlink(2), EPERM), and the
-        # entry is the next path to be checked.
-        shared = at.st_mode & 0o022 and not (path != program and at.st_mode & stat.S_ISVTX)
-        if at.st_uid != 0 or shared:
+    """Every directory down to ``program``, and it itself: root's own, nobody else's to write.
+
+    Looked at twice, as the path is spelled and as its links resolve.
+    """
+    ways = [*_lineage(target, program), *_lineage(target, program.resolve())]
+    for path in dict.fromkeys(ways):
+        at = path.lstat()
+        writable = at.st_mode & 0o022
+        if stat.S_ISLNK(at.st_mode) or (stat.S_ISDIR(at.st_mode) and at.st_mode & stat.S_ISVTX):
+            # A link has no mode of its own, and in a sticky directory only the owner of an entry
+            # replaces it (unlink(2)); the entry is looked at next.
+            writable = 0
+        if at.st_uid != 0 or writable:
             raise Denied(
                 f"{path} can be changed by somebody other than root, and root would run it",
-                hint=move,
+                hint="install sandboxd as root where only root writes: "
+                "python3 -m venv /opt/sandboxd",
             )
-        if path != program and not at.st_mode & 0o001:
-            raise Denied(
-                f"{path} is closed to the user {_USER}, whose part of the daemon loads code there",
-                hint=move,
-            )
+
+
+def _lineage(target: _Target, path: Path) -> list[Path]:
+    """``path`` and the directories above it, from the top, as far as they belong to the target.
+
+    An image's own directory is no part of the image; this host's / is part of the host.
+    """
+    if not path.is_relative_to(target.root):
+        return []
+    lineage = [*reversed(path.parents), path]
+    return [
+        p for p in lineage if target.is_host or (p != target.root and p.is_relative_to(target.root))
+    ]

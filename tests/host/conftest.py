@@ -2,7 +2,7 @@
 
 Three layers, the first two cached under /var/tmp/sandboxd-host-HASH (delete them at will):
 ``root`` is what debootstrap made, ``deps`` adds a virtual environment with the dependencies, and
-each boot gets a fresh overlay on top with today's wheel. The container has no network: everything
+each boot gets a fresh copy of that with today's wheel. The container has no network: everything
 installs from files, as on a host without a way out.
 """
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ PACKAGES = [
     "systemd", "systemd-sysv",
 ]  # fmt: skip
 #: Raise it when the recipe below changes.
-RECIPE = 1
+RECIPE = 2
 BOOT_SECONDS = 90
 
 
@@ -123,7 +123,7 @@ def wheel(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image(cache: Path, wheel: Path) -> Iterator[Path]:
     """A throw-away root filesystem with the wheel installed in /opt/sandboxd, not booted."""
-    with _overlay(cache, [_deps(cache), cache / "root"]) as root:
+    with copied(cache) as root:
         shutil.copy(wheel, root / "opt")
         _chroot(
             root, "/opt/sandboxd/bin/pip", "install", "-q", "--no-index", "--no-deps",
@@ -200,27 +200,18 @@ def _wait_booted(host: Host, nspawn: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _overlay(cache: Path, lower: Sequence[Path]) -> Iterator[Path]:
-    """A writable view of the layers below, gone at the end."""
+def copied(cache: Path) -> Iterator[Path]:
+    """A throw-away copy of the second layer.
+
+    A copy and not an overlay: overlayfs has no idmapped mounts, and a real host's disk does.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=cache))
+    scratch.chmod(0o755)
     try:
-        with _mounted(lower, scratch / "upper", scratch) as root:
-            yield root
+        _do("cp", "-a", f"{_deps(cache)}/.", str(scratch))
+        yield scratch
     finally:
         shutil.rmtree(scratch)
-
-
-@contextlib.contextmanager
-def _mounted(lower: Sequence[Path], upper: Path, scratch: Path) -> Iterator[Path]:
-    root, work = scratch / "root", scratch / "work"
-    for directory in (upper, root, work):
-        directory.mkdir(exist_ok=True)
-    options = f"lowerdir={':'.join(map(str, lower))},upperdir={upper},workdir={work}"
-    _do("mount", "-t", "overlay", "overlay", "-o", options, str(root))
-    try:
-        yield root
-    finally:
-        _do("umount", str(root))
 
 
 def _build_root(cache: Path) -> None:
@@ -236,31 +227,33 @@ def _build_root(cache: Path) -> None:
     building.rename(cache / "root")
 
 
+def _dependencies() -> list[str]:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    return list(project["dependencies"])
+
+
 def _deps(cache: Path) -> Path:
-    wanted = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return cache / f"deps-{_hash(*wanted)}"
+    return cache / f"deps-{_hash(*_dependencies())}"
 
 
 def _build_deps(cache: Path) -> None:
     layer = _deps(cache)
     if layer.is_dir():
         return
-    wanted = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
-    scratch = Path(tempfile.mkdtemp(prefix="build-", dir=cache))
-    try:
-        with _mounted([cache / "root"], scratch / "upper", scratch) as root:
-            wheels = root / "opt/wheels"
-            wheels.mkdir(parents=True)
-            _do(sys.executable, "-m", "pip", "wheel", "-q", "-w", str(wheels), *wanted)
-            _chroot(root, "python3", "-m", "venv", "/opt/sandboxd")
-            _chroot(
-                root, "/opt/sandboxd/bin/pip", "install", "-q", "--no-index",
-                "--find-links=/opt/wheels", *wanted,
-            )  # fmt: skip
-            shutil.rmtree(wheels)
-        (scratch / "upper").rename(layer)
-    finally:
-        shutil.rmtree(scratch)
+    for stale in cache.glob("deps-*"):
+        shutil.rmtree(stale)
+    building = cache / "building"
+    shutil.rmtree(building, ignore_errors=True)
+    _do("cp", "-a", str(cache / "root"), str(building))
+    wheels = building / "opt/wheels"
+    _do(sys.executable, "-m", "pip", "wheel", "-q", "-w", str(wheels), *_dependencies())
+    _chroot(building, "python3", "-m", "venv", "/opt/sandboxd")
+    _chroot(
+        building, "/opt/sandboxd/bin/pip", "install", "-q", "--no-index",
+        "--find-links=/opt/wheels", *_dependencies(),
+    )  # fmt: skip
+    shutil.rmtree(wheels)
+    building.rename(layer)
 
 
 def _chroot(root: Path, *command: str) -> None:
