@@ -150,7 +150,7 @@ def call(run_tool: Any, hub: Hub, workspace: Path, tmp_path: Path) -> Callable[.
     private.mkdir()
 
     def run(arguments: Any, **environment: str) -> Any:
-        base = {"GIT_TOKEN": TOKEN, "GIT_HOSTS": hub.origin, "TMPDIR": str(private)}
+        base = {"REPOSITORY_TOKEN": TOKEN, "REPOSITORY_HOSTS": hub.origin, "TMPDIR": str(private)}
         ran = run_tool("git", arguments, base | environment, workspace)
         assert TOKEN not in ran.everything
         assert not list(private.iterdir())
@@ -269,7 +269,7 @@ def test_the_operator_can_set_the_user_name(call: Any, hub: Hub) -> None:
     hub.username = "deploy"
     arguments = {"operation": "clone", "url": hub.url, "directory": "shop"}
     assert call(arguments).status == 1
-    assert call(arguments, GIT_USERNAME="deploy").status == 0
+    assert call(arguments, REPOSITORY_USERNAME="deploy").status == 0
 
 
 def test_a_wrong_token_is_told_and_leaves_nothing(call: Any, hub: Hub, workspace: Path) -> None:
@@ -288,11 +288,11 @@ def test_https_is_checked_against_the_trusted_authorities(
     with serve(hub.handler(), context) as port:
         origin = f"https://localhost:{port}"
         arguments = {"operation": "clone", "url": f"{origin}/shop.git", "directory": "shop"}
-        ran = call(arguments, GIT_HOSTS=origin)
+        ran = call(arguments, REPOSITORY_HOSTS=origin)
         assert ran.status == 1
         assert "certificate" in ran.stderr
         assert not hub.authorizations
-        assert call(arguments, GIT_HOSTS=origin, SSL_CERT_FILE=str(certificate)).status == 0
+        assert call(arguments, REPOSITORY_HOSTS=origin, SSL_CERT_FILE=str(certificate)).status == 0
 
 
 # --- where the token may not go ---
@@ -306,17 +306,17 @@ def test_another_origin_gets_neither_request_nor_token(
         arguments = {"operation": "clone", "url": url, "directory": "shop"}
         ran = call(arguments)
         assert ran.status == 4
-        assert "GIT_HOSTS" in ran.stderr
+        assert "REPOSITORY_HOSTS" in ran.stderr
         assert not hub.authorizations
         both = f"{hub.origin} http://127.0.0.1:{port}"
-        assert call(arguments, GIT_HOSTS=both).status == 0
+        assert call(arguments, REPOSITORY_HOSTS=both).status == 0
 
 
 def test_a_redirect_is_not_followed(call: Any, hub: Hub, open_site: Any, workspace: Path) -> None:
     other = open_site()
     hub.redirect = other.origin
     arguments = {"operation": "clone", "url": hub.url, "directory": "shop"}
-    assert call(arguments, GIT_HOSTS=f"{hub.origin} {other.origin}").status == 1
+    assert call(arguments, REPOSITORY_HOSTS=f"{hub.origin} {other.origin}").status == 1
     assert hub.authorizations
     assert not other.seen
     hub.redirect = ""
@@ -518,7 +518,7 @@ def test_the_token_is_in_no_argument_vector_and_only_talkers_have_it(
     commit(clone, "mine", "1")
     done = subprocess.run(
         [sys.executable, "-I", "-B", copy, clone.parent],
-        env={"GIT_TOKEN": TOKEN, "GIT_HOSTS": hub.origin},
+        env={"REPOSITORY_TOKEN": TOKEN, "REPOSITORY_HOSTS": hub.origin},
         input='{"operation": "push", "directory": "shop"}',
         capture_output=True,
         text=True,
@@ -647,12 +647,12 @@ def test_wrong_arguments_are_told(call: Any, hub: Hub, clone: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"GIT_TOKEN": ""}, "GIT_TOKEN is not set"),
-        ({"GIT_TOKEN": TOKEN + "\n"}, "trailing newline"),
-        ({"GIT_USERNAME": "a\nhost=evil"}, "GIT_USERNAME"),
-        ({"GIT_HOSTS": ""}, "GIT_HOSTS is not set"),
-        ({"GIT_HOSTS": "https://*.example.com"}, "entry 1"),
-        ({"GIT_HOSTS": "https://a.example github.com"}, "entry 2"),
+        ({"REPOSITORY_TOKEN": ""}, "REPOSITORY_TOKEN is not set"),
+        ({"REPOSITORY_TOKEN": TOKEN + "\n"}, "trailing newline"),
+        ({"REPOSITORY_USERNAME": "a\nhost=evil"}, "REPOSITORY_USERNAME"),
+        ({"REPOSITORY_HOSTS": ""}, "REPOSITORY_HOSTS is not set"),
+        ({"REPOSITORY_HOSTS": "https://*.example.com"}, "entry 1"),
+        ({"REPOSITORY_HOSTS": "https://a.example github.com"}, "entry 2"),
     ],
 )
 def test_settings_that_cannot_work_are_told(

@@ -4,11 +4,11 @@ Reads one JSON object on stdin (the arguments that tool.yaml describes) and writ
 The first command line argument is the workspace, /workspace when absent. The environment holds
 what the operator set for the agent:
 
-``GIT_TOKEN``
+``REPOSITORY_TOKEN``
     the password or access token;
-``GIT_HOSTS``
+``REPOSITORY_HOSTS``
     the origins it may go to, ``https://host[:port]`` separated by spaces or commas;
-``GIT_USERNAME``
+``REPOSITORY_USERNAME``
     optional, the user name that goes with it (default ``x-access-token``).
 
 The repository belongs to the agent, and git runs programs that a repository's configuration names
@@ -56,6 +56,8 @@ SETTINGS = {
     "core.untrackedCache": "false",
     "core.askPass": "",
     "core.logAllRefUpdates": "false",
+    "core.packedGitLimit": "256m",  # the sandbox limits memory; git maps 1 GiB windows otherwise
+    "core.packedGitWindowSize": "32m",
     "core.pager": "cat",
     "credential.helper": (
         '!f() { test "$1" = get || exit 0; p= h=; '
@@ -68,6 +70,8 @@ SETTINGS = {
     "http.followRedirects": "false",  # a redirect could lead the token's request elsewhere
     "http.sslVerify": "true",
     "maintenance.auto": "false",
+    "pack.threads": "2",
+    "pack.windowMemory": "128m",
     "protocol.allow": "never",
     "push.recurseSubmodules": "no",
     "submodule.recurse": "false",
@@ -367,11 +371,11 @@ class Credential:
 
     @classmethod
     def from_environ(cls) -> Credential:
-        token = os.environ.get("GIT_TOKEN", "")
-        username = os.environ.get("GIT_USERNAME") or "x-access-token"
+        token = os.environ.get("REPOSITORY_TOKEN", "")
+        username = os.environ.get("REPOSITORY_USERNAME") or "x-access-token"
         if not token:
-            raise Stop(2, "GIT_TOKEN is not set for this agent")
-        for name, value in (("GIT_TOKEN", token), ("GIT_USERNAME", username)):
+            raise Stop(2, "REPOSITORY_TOKEN is not set for this agent")
+        for name, value in (("REPOSITORY_TOKEN", token), ("REPOSITORY_USERNAME", username)):
             if not re.fullmatch(r"[\x21-\x7e]+", value):
                 raise Stop(
                     2,
@@ -379,10 +383,10 @@ class Credential:
                     "a trailing newline? set it again without",
                 )
         origins = set()
-        listed = os.environ.get("GIT_HOSTS", "").strip(" \t\r\n,")
+        listed = os.environ.get("REPOSITORY_HOSTS", "").strip(" \t\r\n,")
         for number, entry in enumerate(re.split(r"[\s,]+", listed), 1):
             if not entry:
-                raise Stop(2, "GIT_HOSTS is not set for this agent")
+                raise Stop(2, "REPOSITORY_HOSTS is not set for this agent")
             try:
                 origin, path = split_url(entry)
             except Stop:
@@ -390,7 +394,7 @@ class Credential:
             if path not in ("", "/"):
                 raise Stop(
                     2,
-                    f"entry {number} of GIT_HOSTS is not an origin",
+                    f"entry {number} of REPOSITORY_HOSTS is not an origin",
                     "write https://host or https://host:port, without path or wildcard",
                 )
             origins.add(origin)
@@ -401,7 +405,7 @@ class Credential:
         basic = base64.b64encode(f"{self.username}:{self.token}".encode()).decode()
         quoted = urllib.parse.quote(self.token, safe="")
         for value in sorted({basic, self.token, quoted}, key=len, reverse=True):
-            words = words.replace(value, "[redacted:GIT_TOKEN]")
+            words = words.replace(value, "[redacted:REPOSITORY_TOKEN]")
         return words
 
 
@@ -420,7 +424,7 @@ class Remote:
             raise Stop(
                 4,
                 f"{origin} is not an origin that the token may go to",
-                "the operator lists origins as https://host[:port] in GIT_HOSTS",
+                "the operator lists origins as https://host[:port] in REPOSITORY_HOSTS",
             )
         if not _PATH.fullmatch(path) or {"..", "."} & set(urllib.parse.unquote(path).split("/")):
             raise Stop(2, "the url's path holds . or .. segments or unusual characters")
@@ -471,7 +475,10 @@ def directory_names(arguments: dict[str, Any], *, required: bool) -> list[str]:
 
 def walk(workspace: Path, names: list[str]) -> Path:
     """The folder below ``workspace`` that is reached over real folders alone."""
-    folder = os.open(workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        folder = os.open(workspace, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        raise Stop(1, "this agent has no workspace") from None
     try:
         for name in names:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -245,7 +245,10 @@ def sqlite_path(url: str, workspace: str) -> str:
     names = path.split("/")
     if not path or "\0" in path or any(name in ("", ".", "..") for name in names):
         raise Stop(4, "the database file is outside the workspace", where)
-    folder = os.open(workspace, os.O_PATH | os.O_DIRECTORY)
+    try:
+        folder = os.open(workspace, os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        raise Stop(1, "this agent has no workspace for the database file to be in") from None
     try:
         for name in names[:-1]:
             deeper = os.open(
