@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,8 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from git_hub import Hub, commit
+from git_hub import git as run_git
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -184,3 +187,33 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serve() -> Any:
     """``with serve(Handler) as port``: a server of any handler class."""
     return serving
+
+
+@pytest.fixture(scope="session")
+def hub_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``source``, a repository of two branches, and ``hub/shop.git``, its bare copy."""
+    folder = tmp_path_factory.mktemp("template")
+    source, bare = folder / "source", folder / "hub" / "shop.git"
+    bare.parent.mkdir()
+    run_git("init", "-q", "--template=", "-b", "trunk", source, cwd=folder)
+    commit(source, "README", "hello\n")
+    run_git("branch", "topic", cwd=source)
+    run_git("clone", "-q", "--template=", "--bare", source, bare, cwd=folder)
+    run_git("config", "http.receivepack", "true", cwd=bare)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, hub_template: Path) -> Iterator[Hub]:
+    """The server, running; its files are in ``tmp_path``."""
+    shutil.copytree(hub_template, tmp_path, dirs_exist_ok=True)
+    made = Hub(tmp_path / "hub")
+    with serving(made.handler()) as port:
+        made.origin = f"http://127.0.0.1:{port}"
+        yield made
+
+
+@pytest.fixture
+def git() -> Callable[..., str]:
+    """git as a person uses it: ``git("status", cwd=path)``."""
+    return run_git
