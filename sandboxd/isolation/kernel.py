@@ -155,12 +155,16 @@ def open_beneath(directory: int, path: str | bytes, flags: int, *, resolve: int)
     return int(fd)
 
 
-def clone_tree(fd: int, *, recursive: bool, path: str = "") -> int:
-    """open_tree(2): a detached copy of the mount at ``fd``, to be configured and then placed."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
-    tree = _libc.syscall(_SYS_OPEN_TREE, fd, b"", ctypes.c_uint(flags))
+def clone_tree(directory: int, path: str = "", *, recursive: bool, shown: str = "") -> int:
+    """open_tree(2): a detached copy of the mount at ``path``, to be configured and then placed.
+
+    An empty ``path`` means ``directory`` itself. ``shown`` is what an error calls it.
+    """
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    flags |= (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
+    tree = _libc.syscall(_SYS_OPEN_TREE, directory, os.fsencode(path), ctypes.c_uint(flags))
     if tree < 0:
-        raise _failed("open_tree", path)
+        raise _failed("open_tree", shown or path)
     return int(tree)
 
 

@@ -10,6 +10,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -74,7 +75,11 @@ _PROC_MASKED_FILES = (
 )
 _PROC_MASKED_DIRECTORIES = ("acpi", "asound", "scsi")
 
+_PROC_COVERED = {*_PROC_READONLY, *_PROC_MASKED_FILES, *_PROC_MASKED_DIRECTORIES}
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
+
 _LOCKED = kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
+_READONLY = _LOCKED | kernel.MOUNT_ATTR_RDONLY
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_NO_MAGICLINKS
 
 
@@ -83,34 +88,46 @@ class Root:
 
     def __init__(self, spec: LaunchSpec, uid: int, *, inside_id: int, privileged: bool) -> None:
         self.spec, self.uid, self.inside_id = spec, uid, inside_id
+        self.gid = uid if privileged else os.getegid()
         self.privileged = privileged
         self.fd = -1
+        self._made: set[str] = set()
+        self.memory: set[int] = set()  # device numbers of the file systems made here
 
     def build(self) -> int:
         """Build the tree. Returns /proc/sys as a writable descriptor, which the caller closes."""
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
         # Every host path is opened before the new root covers anything of the host's tree.
-        trees = [(m, tree) for m in self._mounts() if (tree := self._clone(m)) is not None]
-        devices = [(name, _open_device(name)) for name in _DEVICES]
+        etc = _ETC + (_ETC_NETWORK if self.spec.network == "host" else ())
+        system = [(path, tree) for path in _SYSTEM if (tree := _clone_system(path)) is not None]
+        system += [(path, tree) for path in etc if (tree := _clone_system(path)) is not None]
         links = [(path, os.readlink(path)) for path in _SYSTEM if os.path.islink(path)]
-        root = kernel.mount_filesystem(
+        trees = [(m, tree) for m in self.spec.mounts if (tree := self._clone(m)) is not None]
+        devices = [(name, _clone_device(name)) for name in _DEVICES]
+        masks = [_clone_device("null") for _ in _PROC_MASKED_FILES]
+        self.fd = kernel.mount_filesystem(
             "tmpfs", _LOCKED, mode="0755", size=str(32 << 20), nr_inodes="4096"
         )
-        kernel.move_mount(root, kernel.AT_FDCWD, _mount_point())
-        self.fd = root
-        self._private("tmp", self.spec.limits.tmp_size, 0o1777)
-        self._private(f"home/{self.spec.user}", self.spec.limits.tmp_size, 0o700)
+        self.memory.add(os.fstat(self.fd).st_dev)
+        kernel.move_mount(self.fd, kernel.AT_FDCWD, _mount_point())
+
+        # So far the tree is ours alone, and plain paths in it lead nowhere else.
+        for path, tree in system:
+            self._place_own(path, tree)
         for path, target in links:
-            os.symlink(target, path.lstrip("/"), dir_fd=root)
+            os.symlink(target, path.lstrip("/"), dir_fd=self.fd)
+        self._private("tmp", 0o1777)
+        self._private(f"home/{self.spec.user}", 0o700)
         self._devices(devices)
-        sysctl = self._proc()
+        sysctl = self._proc(masks)
         self._etc()
+
+        # From here on parts of it can be an agent's own files.
         for mount, tree in trees:
-            is_directory = stat.S_ISDIR(os.fstat(tree).st_mode)
-            self._place(tree, mount.target, directory=is_directory)
+            self._place(tree, mount.target)
         for file in self.spec.files:
-            self._file(file.path, file.content, file.mode, owner=self.uid)
-        kernel.set_mount_attributes(root, kernel.MOUNT_ATTR_RDONLY, recursive=False)
+            self._file(file.path, file.content, file.mode)
+        kernel.set_mount_attributes(self.fd, kernel.MOUNT_ATTR_RDONLY, recursive=False)
         return sysctl
 
     def pivot(self) -> None:
@@ -121,32 +138,26 @@ class Root:
         os.chdir("/")
         os.close(self.fd)
 
-    def _mounts(self) -> list[MountSpec]:
-        system = [MountSpec(p, p) for p in _SYSTEM if os.path.isdir(p) and not os.path.islink(p)]
-        etc = _ETC + (_ETC_NETWORK if self.spec.network == "host" else ())
-        return [*system, *(MountSpec(p, p, optional=True) for p in etc), *self.spec.mounts]
-
     def _clone(self, mount: MountSpec) -> int | None:
         """A detached, locked-down copy of a host path; None for an absent optional one."""
-        # What an operator names may pass through links (/etc/localtime is one); what belongs to
-        # an agent may not, for the agent could turn it while we look.
+        # What an operator names may pass through links; what belongs to an agent may not, for
+        # the agent could turn it while we look.
         resolve = kernel.RESOLVE_NO_MAGICLINKS
         if not mount.readonly or mount.idmap:
             resolve |= kernel.RESOLVE_NO_SYMLINKS
         try:
             source = kernel.open_beneath(kernel.AT_FDCWD, mount.source, os.O_PATH, resolve=resolve)
         except KernelError as failure:
-            if mount.optional and failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+            if mount.optional and failure.errno in _ABSENT:
                 return None
             raise
         userns = self._idmap(source, mount) if mount.idmap and self.privileged else -1
         # A user namespace may not leave out mounts below the source (they could be what hides a
         # directory), an id-mapped copy must: their file systems need not support the mapping.
         recursive = userns < 0
-        tree = kernel.clone_tree(source, recursive=recursive, path=mount.source)
+        tree = kernel.clone_tree(source, recursive=recursive, shown=mount.source)
         os.close(source)
-        attributes = _LOCKED
-        attributes |= kernel.MOUNT_ATTR_RDONLY if mount.readonly else 0
+        attributes = _READONLY if mount.readonly else _LOCKED
         attributes |= kernel.MOUNT_ATTR_NOEXEC if mount.noexec else 0
         kernel.set_mount_attributes(tree, attributes, recursive=recursive, path=mount.source)
         if userns >= 0:
@@ -169,8 +180,9 @@ class Root:
             return -1
         return _mapping_namespace(status.st_uid, status.st_gid, self.uid)
 
-    def _private(self, path: str, size: int, mode: int) -> None:
+    def _private(self, path: str, mode: int) -> None:
         """Memory of the sandbox's own at ``path``, bounded in bytes and inodes (tmpfs(5))."""
+        size = self.spec.limits.tmp_size
         tree = kernel.mount_filesystem(
             "tmpfs",
             _LOCKED,
@@ -178,26 +190,27 @@ class Root:
             size=str(size),
             nr_inodes=str(max(1024, size >> 12)),
             uid=str(self.uid),
-            gid=str(self.uid if self.privileged else os.getegid()),
+            gid=str(self.gid),
         )
-        self._place(tree, path, directory=True)
+        self.memory.add(os.fstat(tree).st_dev)
+        self._place_own(path, tree)
 
     def _devices(self, devices: list[tuple[str, int]]) -> None:
         dev = kernel.mount_filesystem("tmpfs", _LOCKED, mode="0755", size="65536", nr_inodes="64")
-        self._place(dev, "dev", directory=True, close=False)
+        self._place_own("dev", dev, close=False)
         for name, device in devices:
-            self._place(device, f"dev/{name}", directory=False)
+            self._place_own(f"dev/{name}", device)
         for name, target in _DEVICE_LINKS.items():
             os.symlink(target, name, dir_fd=dev)
-        self._private("dev/shm", self.spec.limits.tmp_size, 0o1777)
+        self._private("dev/shm", 0o1777)
         pts = kernel.mount_filesystem(
             "devpts", kernel.MOUNT_ATTR_NOSUID, newinstance=None, ptmxmode="0666", mode="0620"
         )
-        self._place(pts, "dev/pts", directory=True)
+        self._place_own("dev/pts", pts)
         kernel.set_mount_attributes(dev, kernel.MOUNT_ATTR_RDONLY, recursive=False)
         os.close(dev)
 
-    def _proc(self) -> int:
+    def _proc(self, masks: list[int]) -> int:
         try:
             proc = kernel.mount_filesystem("proc", _LOCKED | kernel.MOUNT_ATTR_NOEXEC)
         except KernelError as failure:
@@ -208,51 +221,68 @@ class Root:
                 errno.EPERM,
                 "proc (a container that masks /proc forbids a new one; see sandboxctl doctor)",
             ) from None
-        self._place(proc, "proc", directory=True, close=False)
-        sysctl = os.open("sys", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
-        for name in _PROC_READONLY:
-            if (source := _open_path(proc, name)) is not None:
-                tree = kernel.clone_tree(source, recursive=True, path=f"/proc/{name}")
-                kernel.set_mount_attributes(
-                    tree, _LOCKED | kernel.MOUNT_ATTR_RDONLY, recursive=True
-                )
-                kernel.move_mount(tree, source)
-                os.close(tree)
-                os.close(source)
-        for name in _PROC_MASKED_FILES:
-            if (target := _open_path(proc, name)) is not None:
-                null = _open_device("null")
+        self._place_own("proc", proc, close=False)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        listing = os.open(".", flags, dir_fd=proc)
+        present = _PROC_COVERED.intersection(os.listdir(listing))
+        os.close(listing)
+        sysctl = os.open("sys", flags, dir_fd=proc)
+        for name in present.intersection(_PROC_READONLY):
+            tree = kernel.clone_tree(proc, name, recursive=True, shown=f"/proc/{name}")
+            kernel.set_mount_attributes(tree, _READONLY, recursive=True)
+            _move(tree, proc, name)
+        for name, null in zip(_PROC_MASKED_FILES, masks, strict=True):
+            if name in present:
                 kernel.set_mount_attributes(null, kernel.MOUNT_ATTR_RDONLY, recursive=False)
-                kernel.move_mount(null, target)
+                _move(null, proc, name)
+            else:
                 os.close(null)
-                os.close(target)
-        for name in _PROC_MASKED_DIRECTORIES:
-            if (target := _open_path(proc, name)) is not None:
-                empty = kernel.mount_filesystem(
-                    "tmpfs", _LOCKED | kernel.MOUNT_ATTR_RDONLY, mode="0555", size="4096"
-                )
-                kernel.move_mount(empty, target)
-                os.close(empty)
-                os.close(target)
+        for name in present.intersection(_PROC_MASKED_DIRECTORIES):
+            empty = kernel.mount_filesystem("tmpfs", _READONLY, mode="0555", size="4096")
+            _move(empty, proc, name)
         os.close(proc)
         return sysctl
 
     def _etc(self) -> None:
         user, number = self.spec.user, self.inside_id
-        self._file("etc/passwd", _passwd(user, number), 0o444)
-        self._file("etc/group", f"{user}:x:{number}:\nnogroup:x:65534:\n".encode(), 0o444)
+        self._file("etc/passwd", _passwd(user, number), 0o444, own=False)
+        self._file(
+            "etc/group", f"{user}:x:{number}:\nnogroup:x:65534:\n".encode(), 0o444, own=False
+        )
         databases = "files dns" if self.spec.network == "host" else "files"
         nsswitch = f"passwd: files\ngroup: files\nhosts: {databases}\n"
-        self._file("etc/nsswitch.conf", nsswitch.encode(), 0o444)
-        self._file("etc/hostname", f"{self.spec.hostname}\n".encode(), 0o444)
+        self._file("etc/nsswitch.conf", nsswitch.encode(), 0o444, own=False)
+        self._file("etc/hostname", f"{self.spec.hostname}\n".encode(), 0o444, own=False)
         if self.spec.network != "host":
             hosts = f"127.0.0.1 localhost {self.spec.hostname}\n::1 localhost\n"
-            self._file("etc/hosts", hosts.encode(), 0o444)
+            self._file("etc/hosts", hosts.encode(), 0o444, own=False)
 
-    def _file(self, path: str, content: bytes, mode: int, *, owner: int = -1) -> None:
+    def _place_own(self, path: str, tree: int, *, close: bool = True) -> None:
+        """Put a detached mount on ``path`` while nothing in the tree is anybody else's."""
+        path = path.strip("/")
+        if stat.S_ISDIR(os.fstat(tree).st_mode):
+            self._make_directories(path)
+        else:
+            self._make_directories(path.rpartition("/")[0])
+            os.mknod(path, stat.S_IFREG | 0o444, dir_fd=self.fd)
+        kernel.move_mount(tree, self.fd, path)
+        if close:
+            os.close(tree)
+
+    def _make_directories(self, path: str) -> None:
+        if path and path not in self._made:
+            self._make_directories(path.rpartition("/")[0])
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o755, dir_fd=self.fd)
+            self._made.add(path)
+
+    def _file(self, path: str, content: bytes, mode: int, *, own: bool = True) -> None:
+        """A file in the sandbox's memory; it belongs to its user if ``own``, else to nobody."""
         parent, _, name = path.strip("/").rpartition("/")
         directory = self._directory(parent)
         try:
+            if os.fstat(directory).st_dev not in self.memory:
+                raise OSError(errno.EXDEV, "not the sandbox's own memory")  # but a host directory
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(name, flags, mode, dir_fd=directory)
             try:
@@ -260,8 +290,8 @@ class Root:
                 while view:
                     view = view[os.write(fd, view) :]
                 os.fchmod(fd, mode)
-                if owner >= 0:
-                    os.fchown(fd, owner, -1)
+                if own:
+                    os.fchown(fd, self.uid, self.gid)
             finally:
                 os.close(fd)
         except OSError as failure:
@@ -269,25 +299,24 @@ class Root:
         finally:
             os.close(directory)
 
-    def _place(self, tree: int, path: str, *, directory: bool, close: bool = True) -> None:
+    def _place(self, tree: int, path: str) -> None:
         """Put a detached mount on ``path``, which is made first where the root lacks it."""
-        if directory:
+        if stat.S_ISDIR(os.fstat(tree).st_mode):
             target = self._directory(path)
         else:
             parent, _, name = path.strip("/").rpartition("/")
             at = self._directory(parent)
             try:
-                os.close(os.open(name, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444, dir_fd=at))
+                # Never opened: what is there already could be an agent's fifo.
+                with contextlib.suppress(FileExistsError):
+                    os.mknod(name, stat.S_IFREG | 0o444, dir_fd=at)
             except OSError as failure:
-                # Sockets and read-only files that are there already are fine to mount on.
-                if failure.errno not in (errno.ENXIO, errno.EROFS, errno.EACCES):
-                    raise KernelError("open", failure.errno or 0, path) from None
+                raise KernelError("mknod", failure.errno or 0, "/" + path.strip("/")) from None
             target = kernel.open_beneath(at, name, os.O_PATH, resolve=_BENEATH)
             os.close(at)
         kernel.move_mount(tree, target)
         os.close(target)
-        if close:
-            os.close(tree)
+        os.close(tree)
 
     def _directory(self, path: str) -> int:
         """An O_PATH descriptor of a directory in the new root, its parents made as needed.
@@ -305,12 +334,20 @@ class Root:
             except OSError as failure:
                 if failure.errno != errno.EROFS:
                     raise KernelError("mkdir", failure.errno or 0, "/" + path.strip("/")) from None
+            else:
+                self._inherit_owner(name, at)
             below = kernel.open_beneath(
                 at, name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, resolve=_BENEATH
             )
             os.close(at)
             at = below
         return at
+
+    def _inherit_owner(self, name: str, at: int) -> None:
+        """A directory made in the user's private memory is the user's, as its parent is."""
+        parent = os.fstat(at)
+        if parent.st_uid == self.uid and parent.st_dev in self.memory:
+            os.chown(name, self.uid, self.gid, dir_fd=at, follow_symlinks=False)
 
 
 def _mount_point() -> str:
@@ -321,26 +358,32 @@ def _mount_point() -> str:
     return "/"
 
 
-def _open_device(name: str) -> int:
-    """A detached mount of one of the host's device nodes, usable as a device."""
-    path = f"/dev/{name}"
-    resolve = kernel.RESOLVE_NO_SYMLINKS
-    source = kernel.open_beneath(kernel.AT_FDCWD, path, os.O_PATH, resolve=resolve)
-    tree = kernel.clone_tree(source, recursive=False, path=path)
-    os.close(source)
-    kernel.set_mount_attributes(
-        tree, kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NOEXEC, recursive=False, path=path
-    )
+def _clone_system(path: str) -> int | None:
+    """A detached read-only copy of one of the system's paths; None if the host lacks it."""
+    if path in _SYSTEM and os.path.islink(path):
+        return None
+    try:
+        tree = kernel.clone_tree(kernel.AT_FDCWD, path, recursive=True)
+    except KernelError as failure:
+        if failure.errno in _ABSENT:
+            return None
+        raise
+    kernel.set_mount_attributes(tree, _READONLY, recursive=True, path=path)
     return tree
 
 
-def _open_path(directory: int, name: str) -> int | None:
-    try:
-        return kernel.open_beneath(directory, name, os.O_PATH, resolve=_BENEATH)
-    except KernelError as failure:
-        if failure.errno == errno.ENOENT:
-            return None
-        raise
+def _clone_device(name: str) -> int:
+    """A detached mount of one of the host's device nodes, usable as a device."""
+    path = f"/dev/{name}"
+    tree = kernel.clone_tree(kernel.AT_FDCWD, path, recursive=False)
+    attributes = kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NOEXEC
+    kernel.set_mount_attributes(tree, attributes, recursive=False, path=path)
+    return tree
+
+
+def _move(tree: int, directory: int, name: str) -> None:
+    kernel.move_mount(tree, directory, name)
+    os.close(tree)
 
 
 def _passwd(user: str, number: int) -> bytes:

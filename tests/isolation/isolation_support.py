@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,17 @@ def tell(**facts):
 """
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def read(path: str | Path) -> str:
+    """A small file of this host."""
+    return Path(path).read_text(errors="surrogateescape")
+
+
+def status(pid: int, field: str) -> list[str]:
+    """The words of one field of /proc/PID/status."""
+    lines = read(f"/proc/{pid}/status").splitlines()
+    return next(line.split()[1:] for line in lines if line.startswith(field + ":"))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from isolation_support import ORDINARY_UID, Box, needs_root
+from isolation_support import ORDINARY_UID, Box, needs_root, read, status
 
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.wire import MountSpec
@@ -63,9 +63,7 @@ async def test_a_program_is_an_ordinary_user_without_capabilities(
 async def test_the_host_sees_the_uid_that_the_launch_named(box: Box) -> None:
     uid = box.uid()
     async with box.start("/bin/sleep", "60", uid=uid) as running:
-        with open(f"/proc/{running.process.pid}/status") as status:
-            line = next(line for line in status if line.startswith("Uid:"))
-    assert line.split()[1:] == [str(uid)] * 4
+        assert status(running.process.pid, "Uid") == [str(uid)] * 4
 
 
 async def test_every_namespace_is_the_sandboxs_own(box: Box, outside: Outside) -> None:
@@ -87,8 +85,7 @@ async def test_network_host_shares_the_network_namespace_alone(box: Box) -> None
 
 
 async def test_no_user_namespace_can_be_nested(box: Box, outside: Outside) -> None:
-    with open("/proc/sys/user/max_user_namespaces") as limit:
-        before = limit.read()
+    before = read("/proc/sys/user/max_user_namespaces")
     probe = """tell(
         unshare=call("unshare", 0x10000000), with_mounts=call("unshare", 0x10020000),
         limit=open("/proc/sys/user/max_user_namespaces").read().strip(),
@@ -96,8 +93,7 @@ async def test_no_user_namespace_can_be_nested(box: Box, outside: Outside) -> No
     assert await box.probe(probe) == {"unshare": "ENOSPC", "with_mounts": "ENOSPC", "limit": "0"}
     control = outside("tell(unshare=call('unshare', 0x10000000))", user=box.user)
     assert control == {"unshare": "ok"}
-    with open("/proc/sys/user/max_user_namespaces") as limit:
-        assert limit.read() == before
+    assert read("/proc/sys/user/max_user_namespaces") == before
 
 
 async def test_nothing_of_the_mount_tree_can_be_changed(box: Box, outside: Outside) -> None:
@@ -285,7 +281,7 @@ async def test_a_setuid_program_gives_nothing(box: Box, outside: Outside, worksp
     os.chown(program, 0, 0)
     program.chmod(0o4755)
     control = outside(
-        f"import subprocess; tell(uid=subprocess.check_output([{str(program)!r}, '-u'], text=True))",
+        f"tell(uid=os.popen('{program} -u').read())",
         user=ORDINARY_UID,
     )
     assert control == {"uid": "0\n"}
@@ -318,20 +314,21 @@ async def test_a_program_holds_its_streams_and_declared_descriptors_only(
 ) -> None:
     probe = "tell(fds=[int(n) for n in os.listdir('/proc/self/fd') if int(n) != 3])"
     leaked = os.open(tmp_path, os.O_RDONLY)
-    read, write = os.pipe2(os.O_CLOEXEC)
+    source, sink = os.pipe2(os.O_CLOEXEC)
     try:
         os.dup2(leaked, 200, inheritable=True)
         assert 200 in outside(probe, close_fds=False)["fds"]
         async with open_launcher(start_launcher(launcher_mode)) as launcher:
             box = Box(launcher)
             assert (await box.probe(probe))["fds"] == [0, 1, 2]
-            os.write(write, b"declared")
+            os.write(sink, b"declared")
             told = await box.probe(
-                "tell(fds=sorted(map(int, os.listdir('/proc/self/fd'))), read=os.read(9, 8).decode())",
+                "tell(fds=[int(n) for n in os.listdir('/proc/self/fd')],"
+                " read=os.read(9, 8).decode())",
                 extra_fds=(9,),
-                extra=[read],
+                extra=[source],
             )
             assert told == {"fds": [0, 1, 2, 3, 9], "read": "declared"}
     finally:
-        for fd in (leaked, 200, read, write):
+        for fd in (leaked, 200, source, sink):
             os.close(fd)
