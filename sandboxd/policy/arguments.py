@@ -179,10 +179,10 @@ def _check_bounds(value: Any) -> None:
                 pending.extend((inner, depth + 1) for inner in item)
         else:
             raise Invalid("a value that JSON doesn't have")
-        if characters > MAX_ARGUMENTS or len(pending) > MAX_VALUES:
-            raise Invalid(
-                f"arguments of more than {MAX_ARGUMENTS:,} characters or {MAX_VALUES:,} values"
-            )
+        if characters > MAX_ARGUMENTS:
+            raise Invalid(f"arguments of more than {MAX_ARGUMENTS:,} characters")
+        if len(pending) > MAX_VALUES:
+            raise Invalid(f"arguments of more than {MAX_VALUES:,} values")
 
 
 def _check_text(text: str) -> None:

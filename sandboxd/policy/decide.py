@@ -229,8 +229,7 @@ def _holds(condition: Condition, value: Any, verdict: str) -> bool:
         if value is None or isinstance(value, dict):  # no text to compare: take the safe side
             return verdict == "deny"
         return matches_glob(condition.glob, value_text(value))
-    wanted = condition.any_of if condition.any_of is not None else (condition.equals,)
-    return any(_same(value, one) for one in wanted)
+    return any(_same(value, one) for one in condition.any_of)
 
 
 def _same(a: Any, b: Any) -> bool:

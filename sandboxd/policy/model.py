@@ -269,10 +269,9 @@ class Tool:
 
 @attrs.frozen
 class Condition:
-    """What one argument must be for a rule to match: exactly one of the three."""
+    """What one argument must be for a rule to match: one of some values, or like a pattern."""
 
-    equals: Any = attrs.NOTHING
-    any_of: tuple[Any, ...] | None = None
+    any_of: tuple[Any, ...] = ()
     glob: str | None = None
 
 

@@ -281,7 +281,7 @@ def _condition(value: Any) -> Condition:
         if not isinstance(wanted, str) or not wanted or len(wanted) > 1000:
             raise Wrong(f"expected a pattern with *, found {found(wanted)}", path=("glob",))
         return Condition(glob=wanted)
-    return Condition(equals=wanted)
+    return Condition(any_of=(wanted,))
 
 
 def _globs(value: Any) -> Globs:
