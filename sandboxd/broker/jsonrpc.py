@@ -101,15 +101,16 @@ def parse(line: bytes) -> JSONRPCMessage:
     if not isinstance(value, dict):
         what = "a batch" if isinstance(value, list) else "no JSON object"
         raise Refused(f"the line holds {what}", hint="send one JSON-RPC 2.0 message per line")
-    id = value.get("id", 0)
-    if "method" in value and (isinstance(id, bool) or not isinstance(id, int | str)):
+    id = value.get("id")
+    known = id if isinstance(id, int | str) and not isinstance(id, bool) else None
+    if "method" in value and "id" in value and known is None:
         raise Refused("the id is neither a whole number nor text", hint="JSON-RPC 2.0, section 4")
     try:
         return jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ValidationError:
-        raise Refused("not a JSON-RPC 2.0 message", hint="JSON-RPC 2.0, section 4").about(
-            line
-        ) from None
+        refused = Refused("not a JSON-RPC 2.0 message", hint="JSON-RPC 2.0, section 4")
+        refused.id = known
+        raise refused from None
 
 
 def error_reply(refused: Refused) -> JSONRPCError:

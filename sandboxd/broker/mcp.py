@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 import select
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -360,28 +361,23 @@ async def _cancel_when(gone: int, scope: trio.CancelScope) -> None:
 
 
 class _Quiet(logging.Handler):
-    """Passes the SDK's records on without their arguments and tracebacks.
+    """Takes arguments and tracebacks out of the SDK's records before any other handler sees them.
 
     Both quote requests and results. What remains is where it happened and of what kind it was.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         kind = record.exc_info[0] if record.exc_info else None
-        template = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
-        log.log(
-            record.levelno,
-            "%s: %s%s",
-            record.name,
-            template.partition("%")[0].strip(" :") or "record",
-            f" ({kind.__name__})" if kind else "",
-        )
+        record.msg = f"{record.msg} ({kind.__name__})" if kind else str(record.msg)
+        record.msg, record.args = re.sub(r"%[a-z]", "...", record.msg), None
+        record.exc_info = record.exc_text = record.stack_info = None
 
 
 def _quieten() -> None:
+    """Once for the process: every record of the SDK passes here first on its way up."""
     logger = logging.getLogger("mcp")
     if not any(isinstance(handler, _Quiet) for handler in logger.handlers):
-        logger.addHandler(_Quiet())
-    logger.propagate = False
+        logger.handlers.insert(0, _Quiet())
 
 
 _quieten()
