@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import trio
@@ -24,7 +23,7 @@ from pydantic import ValidationError
 
 from sandboxd.names import shown
 
-__all__ = ["MAX_DEPTH", "MAX_LINE", "Refused", "error_reply", "lines", "parse"]
+__all__ = ["MAX_DEPTH", "MAX_LINE", "LineReader", "Refused", "error_reply", "parse"]
 
 #: Bytes of one message, without its newline.
 MAX_LINE = 4 << 20
@@ -55,41 +54,45 @@ class Refused(Exception):
         return self
 
 
-async def lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes | Refused]:
-    """Every non-empty line of ``stream``, or the refusal of one longer than MAX_LINE.
+class LineReader:
+    """The lines of a stream. Never holds more than one and a chunk."""
 
-    Never holds more than a line and a chunk. What follows the last newline counts as a line.
-    """
-    buffer, searched, skipped = bytearray(), 0, b""
-    while True:
-        data = await stream.receive_some(_CHUNK)
-        buffer += data
-        while True:
-            end = buffer.find(b"\n", searched)
-            if end < 0:
-                break
-            line = bytes(buffer[:end])
-            del buffer[: end + 1]
-            searched = 0
-            if skipped:
-                yield _too_long(skipped + line)
-                skipped = b""
-            elif len(line) > MAX_LINE:
-                yield _too_long(line)
-            elif line.strip():
-                yield line
-        searched = len(buffer)
-        if skipped or len(buffer) > MAX_LINE:
-            # Keep both ends: one holds the id in every client that we know.
-            skipped = skipped or bytes(buffer[:_ENDS]) + b" "
-            del buffer[:-_ENDS]
-            searched = len(buffer)
-        if not data:
-            if skipped:
-                yield _too_long(skipped + buffer)
-            elif buffer.strip():
-                yield bytes(buffer)
-            return
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+        self._searched = 0  # up to here the buffer holds no newline
+        self._start = b""  # of a line that is too long already; only its ends are kept
+        self._ended = False
+
+    async def receive(self) -> bytes | Refused | None:
+        """The next line that isn't blank, the refusal of one over MAX_LINE, or None at the end.
+
+        What follows the last newline counts as a line.
+        """
+        while not self._ended:
+            end = self._buffer.find(b"\n", self._searched)
+            if end >= 0:
+                line = self._cut(end)
+                if line is not None:
+                    return line
+                continue
+            self._searched = len(self._buffer)
+            if self._start or len(self._buffer) > MAX_LINE:
+                self._start = self._start or bytes(self._buffer[:_ENDS]) + b" "
+                del self._buffer[:-_ENDS]
+                self._searched = len(self._buffer)
+            data = await self._stream.receive_some(_CHUNK)
+            self._buffer += data
+            self._ended = not data
+        return self._cut(len(self._buffer))
+
+    def _cut(self, end: int) -> bytes | Refused | None:
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        start, self._start, self._searched = self._start, b"", 0
+        if start or len(line) > MAX_LINE:
+            return _too_long(start + line)
+        return line if line.strip() else None
 
 
 def parse(line: bytes) -> JSONRPCMessage:
@@ -108,9 +111,9 @@ def parse(line: bytes) -> JSONRPCMessage:
     try:
         return jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ValidationError:
-        refused = Refused("not a JSON-RPC 2.0 message", hint="JSON-RPC 2.0, section 4")
-        refused.id = known
-        raise refused from None
+        wrong = Refused("not a JSON-RPC 2.0 message", hint="JSON-RPC 2.0, section 4")
+        wrong.id = known
+        raise wrong from None
 
 
 def error_reply(refused: Refused) -> JSONRPCError:

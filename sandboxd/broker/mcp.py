@@ -27,7 +27,7 @@ from mcp.shared.message import ServerMessageMetadata, SessionMessage
 
 from sandboxd import __version__
 from sandboxd.broker.calls import CallResult, Calls, Session
-from sandboxd.broker.jsonrpc import Refused, error_reply, lines, parse
+from sandboxd.broker.jsonrpc import LineReader, Refused, error_reply, parse
 from sandboxd.errors import SandboxdError
 from sandboxd.names import shown
 from sandboxd.policy.model import Tool
@@ -188,8 +188,9 @@ class _Connection:
     async def read(self, connection: trio.CancelScope) -> None:
         """Lines to messages. Ends with the peer's last line and the answers to it."""
         async with self._incoming:
+            reader = LineReader(self._stream)
             try:
-                async for line in lines(self._stream):
+                while (line := await reader.receive()) is not None:
                     while self.unsent > _MAX_UNSENT:
                         await self._change()
                     try:

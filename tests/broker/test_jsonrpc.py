@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp_types import INVALID_REQUEST, PARSE_ERROR, JSONRPCNotification, JSONRPCRequest
 
-from sandboxd.broker.jsonrpc import MAX_DEPTH, MAX_LINE, Refused, error_reply, lines, parse
+from sandboxd.broker.jsonrpc import MAX_DEPTH, MAX_LINE, LineReader, Refused, error_reply, parse
 
 
 async def read(*chunks: bytes) -> list[bytes | Refused]:
-    """What ``lines`` makes of a stream that arrives in these pieces."""
+    """The lines of a stream that arrives in these pieces."""
     send, receive = trio.testing.memory_stream_one_way_pair()
     found: list[bytes | Refused] = []
 
@@ -26,7 +26,8 @@ async def read(*chunks: bytes) -> list[bytes | Refused]:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(feed)
-        async for line in lines(receive):
+        reader = LineReader(receive)
+        while (line := await reader.receive()) is not None:
             found.append(line)
     return found
 
