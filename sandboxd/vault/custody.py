@@ -89,10 +89,11 @@ def load_master_key(
 ) -> MasterKey:
     """The master key from its source.
 
-    ``credentials`` stands in for $CREDENTIALS_DIRECTORY. A passphrase comes from its file or from ``ask``; the first one ever is accepted as it is
-    (asked twice) and remembered by a verifier. Raises :class:`Denied` when a file isn't private or
-    the passphrase is wrong, :class:`Unavailable` when there is nothing to load from, and
-    :class:`StoreError` when what is there is damaged.
+    ``credentials`` stands in for $CREDENTIALS_DIRECTORY. A passphrase comes from its file or from
+    ``ask``; the first one ever is accepted as it is (asked twice) and remembered by a verifier.
+    Raises :class:`Denied` when a file isn't private or the passphrase is wrong,
+    :class:`Unavailable` when there is nothing to load from, and :class:`StoreError` when what is
+    there is damaged.
     """
     if source.kind == "file":
         if source.path is None:
