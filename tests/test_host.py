@@ -365,7 +365,8 @@ def test_what_would_break_a_sandbox_is_not_in_the_unit() -> None:
     settings = {line.split("=")[0] for line in text.splitlines() if re.match(r"[A-Z]\w+=", line)}
     breaking = {
         "RestrictNamespaces", "PrivateUsers", "ProtectHostname", "ProtectControlGroups",
-        "RestrictSUIDSGID", "MemoryDenyWriteExecute", "PrivateNetwork", "RuntimeDirectory", "User",
+        "RestrictSUIDSGID", "MemoryDenyWriteExecute", "PrivateNetwork", "RuntimeDirectory",
+        "StateDirectory", "User",
     }  # fmt: skip
     assert not settings & breaking
 
