@@ -37,7 +37,16 @@ _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
 
 def set_up() -> None:
-    """Make standard output take any text, in whatever locale this runs."""
+    """Make sure that the standard streams exist and take any text, in whatever locale this runs."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Started with it closed: the admin socket must not become "standard output".
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is fd
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
