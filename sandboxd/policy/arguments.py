@@ -21,6 +21,7 @@ from referencing.jsonschema import DRAFT202012
 
 from sandboxd.errors import Invalid
 from sandboxd.names import shown
+from sandboxd.policy.patterns import LITERALS, as_written, strict_patterns
 from sandboxd.policy.values import Wrong, found, nearest
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ MAX_DEPTH = 32
 MAX_VALUES = 20_000
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_LITERALS = frozenset({"const", "enum", "default", "examples"})
 
 
 def parse_arguments(raw: bytes | str) -> dict[str, Any]:
@@ -97,6 +97,7 @@ def check_schema(schema: Any) -> Draft202012Validator:
     if schema.get("type") != "object":
         raise Wrong("expected type: object, as tool arguments are", path=("type",))
     _check_unique(schema, ())
+    schema = strict_patterns(schema)
     registry: Registry[Any] = Registry()
     resolver = registry.resolver_with_root(DRAFT202012.create_resource(schema))
     for path, reference in _references(schema, ()):
@@ -131,7 +132,7 @@ def _check_unique(value: Any, path: tuple[str | int, ...]) -> None:
             )
     inner = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in inner:
-        if isinstance(item, dict | list) and key not in _LITERALS:
+        if isinstance(item, dict | list) and key not in LITERALS:
             _check_unique(item, (*path, key))
 
 
@@ -140,7 +141,7 @@ def _references(value: Any, path: tuple[str | int, ...]) -> Any:
         for key, inner in value.items():
             if key in ("$ref", "$dynamicRef") and isinstance(inner, str):
                 yield (*path, key), inner
-            elif key not in _LITERALS or isinstance(inner, dict):
+            elif key not in LITERALS or isinstance(inner, dict):
                 yield from _references(inner, (*path, key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
@@ -259,6 +260,8 @@ def _explain(error: ValidationError | SchemaError, root: str = "arguments") -> s
         allowed = wanted if keyword == "enum" else [wanted]
         text = json.dumps(allowed, ensure_ascii=True, default=str)
         return f"{place}: expected one of {text if len(text) < 300 else 'a fixed list'}"
+    if keyword == "pattern":
+        wanted = as_written(str(wanted))
     if keyword in ("anyOf", "oneOf", "allOf", "not", "if"):
         return f"{place}: doesn't match what {keyword} asks for"
     text = json.dumps(wanted, ensure_ascii=True, default=str)

@@ -224,6 +224,44 @@ def test_a_schema_that_can_not_judge_is_refused_with_its_place(
         assert caught.value.path == path
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text", "matches"),
+    [
+        ("^[a-z]+$", "abc", True),
+        ("^[a-z]+$", "abc\n", False),
+        ("^[a-z]+$", "abc\n--x", False),
+        (r"^\d+$", "12", True),
+        (r"^\d+$", "\u0661", False),
+        (r"^\w+$", "\u00e9", False),
+        (r"^a\$$", "a$", True),
+        ("^[$]$", "$", True),
+        ("^[$]$", "$\n", False),
+        ("^(a|b$)", "b\n", False),
+    ],
+)
+def test_a_pattern_means_what_the_standard_says(pattern: str, text: str, matches: bool) -> None:
+    schema = {"type": "object", "properties": {"x": {"pattern": pattern}}}
+    if matches:
+        assert check_arguments(tool(schema), {"x": text})
+    else:
+        assert refusal(schema, {"x": text}).startswith("arguments.x: expected pattern")
+
+
+def test_a_pattern_for_keys_means_what_the_standard_says() -> None:
+    schema = {"patternProperties": {"^x-[a-z]+$": {}}, "additionalProperties": False}
+    assert check_arguments(tool({"type": "object", **schema}), {"x-a": 1})
+    assert refusal(schema, {"x-a\n": 1})
+
+
+def test_a_property_called_like_a_keyword_with_schemas_stays_itself() -> None:
+    schema = {
+        "properties": {"patternProperties": {"$ref": "#/$defs/n"}},
+        "$defs": {"n": {"type": "number"}},
+    }
+    assert check_arguments(tool({"type": "object", **schema}), {"patternProperties": 1})
+    assert refusal(schema, {"patternProperties": "x"})
+
+
 def test_local_references_work() -> None:
     schema = {
         "type": "object",
