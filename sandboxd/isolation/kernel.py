@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 from collections.abc import Iterable
 from typing import Any
@@ -316,7 +315,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _old_numbers() -> tuple[int, int]:
-    machine = platform.machine()
+    machine = os.uname().machine
     try:
         return _OLD_NUMBERS[machine]
     except KeyError:
