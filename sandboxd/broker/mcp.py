@@ -42,6 +42,8 @@ _MAX_REQUESTS = 32
 _MAX_UNSENT = 8 << 20
 #: Seconds after which a reader that takes nothing at all is given up.
 _STALLED = 30.0
+#: Seconds that a refused peer has to read why.
+_REFUSING = 2.0
 #: Lines longer than this are parsed in a thread, so that other sessions don't wait for them.
 _LARGE = 256 << 10
 _CHUNK = 65536
@@ -75,8 +77,12 @@ async def serve_connection(stream: trio.SocketStream, session: Session, calls: C
 async def refuse_connection(stream: trio.SocketStream, error: SandboxdError) -> None:
     """Tell a peer why it is not served, in its own language, and leave."""
     refused = Refused(error.message, code=-32000, hint=error.hint)
-    with trio.move_on_after(1):
+    with trio.move_on_after(_REFUSING):
         await stream.send_all(_encode(error_reply(refused)))
+        await stream.send_eof()
+        # Closing with input unread would reset the connection and lose the answer (unix(7)).
+        while await stream.receive_some(_CHUNK):
+            pass
 
 
 def _server(session: Session, calls: Calls) -> Server[Any]:
