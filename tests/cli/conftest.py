@@ -92,7 +92,8 @@ class Terminal:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.slave = slave
-        self.seen = b""
+        self.seen = b""  # since the last expected text
+        self.all = b""
         self.process = subprocess.Popen(
             command,
             stdin=slave,
@@ -111,7 +112,7 @@ class Terminal:
             ready, _, _ = select.select([self.master], [], [], max(left, 0))
             if not ready:
                 raise AssertionError(f"no {text!r} in {self.seen!r}")
-            self.seen += os.read(self.master, 65536)
+            self._read()
         self.seen = self.seen[self.seen.index(wanted) + len(wanted) :]
 
     def send(self, text: str) -> None:
@@ -132,9 +133,16 @@ class Terminal:
     def wait(self, *, keep: bool = False) -> int:
         """Its exit status; the terminal is closed unless it is to be kept."""
         status = self.process.wait(timeout=30)
+        while select.select([self.master], [], [], 0)[0]:
+            self._read()
         if not keep:
             self.close()
         return status
+
+    def _read(self) -> None:
+        got = os.read(self.master, 65536)
+        self.seen += got
+        self.all += got
 
     def close(self) -> None:
         for fd in (self.master, self.slave):

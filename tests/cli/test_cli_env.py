@@ -1,0 +1,239 @@
+"""``sandboxctl env``: values go in, in every way, and never come out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Ctl
+
+SECRET = "hunter2-" + "f3a9c1"
+
+
+def fingerprint(ctl: Ctl, name: str, agent: str = "sh") -> tuple[str, int]:
+    rows = ctl.json("env", "list", agent)["variables"]
+    (row,) = [row for row in rows if row["name"] == name]
+    return row["fingerprint"], row["size"]
+
+
+def test_every_way_to_give_a_value_stores_the_same(daemon: Ctl, tmp_path: Path) -> None:
+    file = tmp_path / "value"
+    file.write_text(SECRET + "\n")
+    dotenv = tmp_path / ".env"
+    dotenv.write_text(f"W5={SECRET}\nexport W6='{SECRET}'\n")
+    data = SECRET.encode()
+    daemon("env", "set", "sh", "W1", SECRET)
+    daemon("env", "set", "sh", f"W2={SECRET}", f"W7={SECRET}")
+    daemon("env", "set", "sh", "W3", "--stdin", stdin=data + b"\n")
+    daemon("env", "set", "sh", "W4", "--file", str(file))
+    daemon("env", "import", "sh", str(dotenv))
+    daemon("env", "import", "sh", "-", stdin=b"W8=" + data)
+    same = {fingerprint(daemon, f"W{n}") for n in range(1, 9)}
+    assert len(same) == 1
+    assert same.pop()[1] == len(SECRET)
+
+
+def test_the_answer_names_versions_and_when_they_take_effect(daemon: Ctl) -> None:
+    first = daemon("env", "set", "sh", "VERSIONED=1")
+    assert first.stdout == ("set VERSIONED (version 1)\ntakes effect on the agent's next session\n")
+    assert daemon.json("env", "set", "sh", "VERSIONED=2")["versions"] == {"VERSIONED": 2}
+    removed = daemon("env", "remove", "sh", "VERSIONED")
+    assert removed.stdout.startswith("removed VERSIONED (it was version 2)\n")
+    assert "VERSIONED" not in daemon("env", "list", "sh").stdout
+
+
+def test_a_live_session_that_keeps_the_old_value_is_named(daemon: Ctl) -> None:
+    daemon("env", "set", "sh", "LIVE=old")
+    id = daemon("session", "start", "sh", "--", "-c", "sleep 1000").stdout.strip()
+    kept = daemon("env", "set", "sh", "LIVE=new")
+    assert f"live sessions that keep the old value: {id}" in kept.stdout
+    assert "--now" in kept.stderr
+    taken = daemon("env", "set", "--now", "sh", "LIVE=newer")
+    assert "in force now" in taken.stdout
+    assert id not in taken.stdout
+    daemon("session", "stop", "--grace", "0", id)
+
+
+def test_a_single_line_loses_its_newline_and_several_keep_theirs(daemon: Ctl) -> None:
+    sizes = {}
+    for name, data, more in (
+        ("N1", b"one\n", ()),
+        ("N2", b"one\r\n", ()),
+        ("N3", b"one\n", ("--keep-newline",)),
+        ("N4", b"one\ntwo\n", ()),
+        ("N5", b"\n", ()),
+        ("N6", b"\xff\x01", ()),
+    ):
+        daemon("env", "set", "sh", name, "--stdin", *more, stdin=data)
+        sizes[name] = fingerprint(daemon, name)[1]
+    assert sizes == {"N1": 3, "N2": 3, "N3": 4, "N4": 8, "N5": 0, "N6": 2}
+
+
+def test_several_are_set_together_or_not_at_all(daemon: Ctl) -> None:
+    before = daemon("env", "list", "other", status=0)
+    refused = daemon("env", "set", "other", "FINE=1", "LD_PRELOAD=/x.so", status=2)
+    assert "LD_PRELOAD is refused: the dynamic loader obeys it" in refused.stderr
+    missing = daemon("env", "remove", "sh", "W1", "NOT_THERE", status=3)
+    assert "NOT_THERE" in missing.stderr
+    assert daemon("env", "list", "other").stderr == before.stderr == "other has no variables\n"
+    assert "W1" in daemon("env", "list", "sh").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["A=1", f"{SECRET} x"], "argument 2 after the agent is not NAME=VALUE"),
+        ([f"{SECRET}=x"], "argument 1 after the agent is not a variable name"),
+        ([SECRET, "x"], "the name is not a variable name"),
+        (["A=1", f"A={SECRET}"], "A is given twice"),
+        (["A", "-" + SECRET], "wrong arguments"),
+        (["A", f"--stdin={SECRET}"], "wrong arguments"),
+        (["A", SECRET, "--stdin"], "--stdin takes exactly one NAME"),
+        ([f"A={SECRET}", "--stdin"], "--stdin takes exactly one NAME"),
+        (["A", "--stdin", "--file", SECRET], "wrong arguments"),
+        (["PYTHONPATH=" + SECRET], "PYTHONPATH is refused: the Python interpreter"),
+        (["https_proxy=" + SECRET], "https_proxy is refused: it sends the tool's traffic"),
+        (["A"], "there is no terminal to ask for the value of A"),
+        (["A", "--stdin"], "--stdin gave an empty value"),
+        (["A=" + SECRET + "x" * 131_072], None),
+    ],
+)
+def test_a_refusal_says_why_and_repeats_no_value(
+    alone: Ctl, args: list[str], text: str | None
+) -> None:
+    if text is None:
+        # The kernel itself refuses such an argument (E2BIG), so it comes by a pipe.
+        done = alone("env", "set", "sh", "A", "--stdin", stdin=args[0].encode(), status=2)
+        assert "too long for the kernel" in done.stderr
+    else:
+        done = alone("env", "set", "sh", *args, status=2)
+        assert text in done.stderr
+    assert "hint:" in done.stderr or "twice" in done.stderr or "exactly one" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_an_import_with_mistakes_lists_them_all_and_sets_nothing(
+    daemon: Ctl, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.env"
+    file.write_text(f"FINE={SECRET}\n{SECRET}\nBASH_ENV={SECRET}\n")
+    done = daemon("env", "import", "other", str(file), status=2)
+    assert done.stderr.splitlines()[0] == "sandboxctl: nothing was set: 2 mistakes"
+    assert f"  {file}:2: not an assignment" in done.stderr
+    assert f"  {file}:3: BASH_ENV is refused: a shell runs" in done.stderr
+    assert "hunter2" not in done.stderr
+    as_json = json.loads(daemon("env", "import", "other", str(file), "--json", status=2).stderr)
+    assert len(as_json["error"]["errors"]) == 2
+    assert daemon("env", "list", "other").stdout == ""
+
+
+def test_a_dry_run_says_what_is_new_and_sets_nothing(
+    daemon: Ctl, alone: Ctl, tmp_path: Path
+) -> None:
+    daemon("env", "set", "sh", "DRY_OLD=1")
+    file = tmp_path / ".env"
+    file.write_text(f"DRY_OLD={SECRET}\nDRY_NEW={SECRET}\n")
+    done = daemon("env", "import", "sh", str(file), "--dry-run")
+    assert "replace version 1" in done.stdout
+    assert "be new" in done.stdout
+    assert "DRY_NEW" not in daemon("env", "list", "sh").stdout
+    rows = daemon.json("env", "import", "sh", str(file), "--dry-run")["variables"]
+    assert [row["replaces_version"] for row in rows] == [1, None]
+    without = alone("env", "import", "sh", str(file), "--dry-run")
+    assert "not compared" in without.stderr
+    assert "DRY_NEW" in without.stdout
+    assert "hunter2" not in done.stdout + done.stderr + without.stdout + without.stderr
+
+
+def test_what_is_missing_is_not_found(daemon: Ctl, tmp_path: Path) -> None:
+    assert "no agent 'nobody'" in daemon("env", "list", "nobody", status=3).stderr
+    assert "no agent 'nobody'" in daemon("env", "set", "nobody", "A=1", status=3).stderr
+    gone = tmp_path / "gone"
+    assert "there is no file" in daemon("env", "import", "sh", str(gone), status=3).stderr
+    assert "can't read" in daemon("env", "set", "sh", "A", "--file", "/", status=2).stderr
+
+
+def test_nothing_ever_prints_a_value(daemon: Ctl) -> None:
+    daemon("env", "set", "sh", f"QUIET={SECRET}")
+    for args in (["env", "list", "sh"], ["audit", "tail", "-n", "500"], ["agents"], ["status"]):
+        for more in ([], ["--json"]):
+            done = daemon(*args, *more)
+            assert SECRET not in done.stdout + done.stderr
+    kept = [p for p in (daemon.directory / "state").rglob("*") if p.is_file()]
+    assert kept
+    assert not any(SECRET.encode() in p.read_bytes() for p in kept)
+    assert SECRET.encode() not in (daemon.directory / "log").read_bytes()
+
+
+def test_on_a_terminal_the_value_is_asked_for_twice_and_hidden(daemon: Ctl) -> None:
+    screen = daemon.on_terminal("env", "set", "sh", "ASKED")
+    screen.expect("value of ASKED (hidden): ")
+    screen.send(SECRET + "\n")
+    screen.expect("once more: ")
+    assert SECRET.encode() not in screen.seen
+    screen.send(SECRET + "\n")
+    screen.expect("set ASKED (version 1)")
+    assert screen.wait() == 0
+    assert SECRET.encode() not in screen.all
+    assert fingerprint(daemon, "ASKED")[1] == len(SECRET)
+
+
+def test_two_different_answers_set_nothing(daemon: Ctl) -> None:
+    screen = daemon.on_terminal("env", "set", "sh", "DIFFERS")
+    screen.expect("(hidden): ")
+    screen.send("one\n")
+    screen.expect("once more: ")
+    screen.send("other\n")
+    screen.expect("the two values differ; nothing was set")
+    assert screen.wait() == 2
+    assert "DIFFERS" not in daemon("env", "list", "sh").stdout
+
+
+def test_ctrl_c_at_the_prompt_ends_quietly(daemon: Ctl) -> None:
+    screen = daemon.on_terminal("env", "set", "sh", "INTERRUPTED")
+    screen.expect("(hidden): ")
+    screen.send("\x03")
+    assert screen.wait() == 130
+    assert b"Traceback" not in screen.all
+
+
+def test_a_value_that_a_terminal_line_would_cut_is_refused(daemon: Ctl) -> None:
+    screen = daemon.on_terminal("env", "set", "sh", "LONG")
+    screen.expect("(hidden): ")
+    for _ in range(10):
+        screen.send("x" * 500)
+    screen.send("\n")
+    screen.expect("a terminal line ends at 4,095 characters")
+    assert screen.wait() == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+def test_a_stranger_may_not_set_anything(daemon: Ctl) -> None:
+    # Imported before the change of user: the interpreter may live in root's home directory.
+    code = (
+        "import os, sys, encodings.idna, secrets, getpass\n"
+        "import sandboxd.cli.env, sandboxd.cli.output, sandboxd.names\n"
+        "os.setgroups([]); os.setgid(64999); os.setuid(int(sys.argv[1]))\n"
+        "sys.exit(sandboxd.cli.main(['env', 'set', 'sh', 'A=1']))"
+    )
+
+    def as_user(uid: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(uid)],
+            env=daemon.environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    assert as_user(0).returncode == 0, "the positive control"
+    refused = as_user(64999)
+    assert refused.returncode == 4, refused.stderr
+    assert "use the daemon's own user, root, or a member of its admin_group" in refused.stderr
