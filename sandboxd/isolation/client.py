@@ -122,8 +122,6 @@ class Launcher:
         The descriptors stay the caller's to close. Raises KernelError naming the system call and
         path that failed, or Unavailable when the launcher is gone. A cancelled launch is killed.
         """
-        if self.gone.is_set():
-            raise self._failure or Unavailable("the launcher is gone")
         check_spec(spec)
         if self.privileged and spec.uid == 0:
             raise Invalid("a sandbox never runs as root")
@@ -166,6 +164,8 @@ class Launcher:
     async def send(self, frame: Frame, *fds: int) -> None:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         async with self._sending:
+            if self.gone.is_set():
+                raise self._failure or _gone()
             try:
                 await self._sock.sendmsg([frame.pack()], ancillary)
             except (ConnectionError, trio.ClosedResourceError):

@@ -67,6 +67,11 @@ def status(pid: int, field: str) -> list[str]:
     return next(line.split()[1:] for line in lines if line.startswith(field + ":"))
 
 
+def children(pid: int) -> list[int]:
+    """The live and dead children of a process."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @dataclass(frozen=True)
 class Result:
     exit: Exit

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from isolation_support import Box
+import trio.testing
+from isolation_support import Box, children
 
 from sandboxd.errors import Invalid, KernelError
 from sandboxd.isolation.wire import FileSpec, Limits
@@ -260,8 +261,3 @@ class Tree:
     def close(self) -> None:
         for pidfd in self._pidfds.values():
             os.close(pidfd)
-
-
-def children(pid: int) -> list[int]:
-    """The live and dead children of a process."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
