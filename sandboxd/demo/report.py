@@ -103,7 +103,7 @@ def _line(what: str, passed: bool, more: str = "", *, good: str = "yes", bad: st
     print(f"{what}: {_paint(good, '32') if passed else _paint(bad, '31')}{more}")
 
 
-def _cut(text: str, most: int = 72) -> str:
+def _cut(text: str, most: int = 60) -> str:
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= most else clean[: most - 3] + "..."
 

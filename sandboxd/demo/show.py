@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sandboxd.admin.client import AdminClient
 from sandboxd.demo.hostile import kernel, probes
 from sandboxd.demo.hostile.agent import ATTEMPTS, PAYMENT
-from sandboxd.demo.hostile.hunt import Hunt, decoy
+from sandboxd.demo.hostile.hunt import decoy
 from sandboxd.demo.report import Result, Row
 from sandboxd.demo.server import HELD, Bank, open_bank
 from sandboxd.demo.stage import AGENT, VARIABLE, Stage
@@ -38,16 +40,16 @@ def run(stage: Stage) -> Result:
     """Perform on ``stage`` and judge. Raises Unavailable when the host can't isolate."""
     with ExitStack() as undo:
         bank = undo.enter_context(open_bank(stage.secret))
-        baits = undo.enter_context(_baits(stage))
+        abstract = undo.enter_context(_baits(stage))
         stage.start(bank.port)
         with AdminClient.connect(stage.paths) as client:
             value = base64.b64encode(stage.secret.reveal()).decode()
             client.call("env.set", agent=AGENT, values={VARIABLE: value}, now=False)
-            seen = _perform(client, stage, bank, _plan(stage, bank, baits))
+            seen = _perform(client, stage, bank, _plan(stage, bank, abstract))
             records = list(client.stream("audit.tail", n=10_000))
             verified = client.call("audit.verify")
         stage.stop()
-        return _judge(stage, bank, seen, records, verified, baits)
+        return _judge(stage, bank, seen, records, verified, abstract)
 
 
 @dataclass
@@ -58,15 +60,6 @@ class _Seen:
     printed: dict[str, bytes] = field(default_factory=dict)
     done: bool = False
     problem: str = ""
-
-
-@dataclass
-class _Baits:
-    """Values like the secret in places that only an escape would reach, and what proves them."""
-
-    abstract: str
-    keyring: bool | str
-    shared: bool
 
 
 def _perform(client: AdminClient, stage: Stage, bank: Bank, plan: dict[str, Any]) -> _Seen:
@@ -141,20 +134,25 @@ def _lines(stdout: int, stderr: int, seen: _Seen) -> Iterator[bytes]:
     seen.printed = {"stdout": bytes(kept[stdout]), "stderr": bytes(kept[stderr])}
 
 
-def _plan(stage: Stage, bank: Bank, baits: _Baits) -> dict[str, Any]:
+def _plan(stage: Stage, bank: Bank, abstract: str) -> dict[str, Any]:
     """What the agent is told: where everything is, so that no attempt fails by ignorance."""
     assert stage.daemon is not None
     addresses = ["127.0.0.1", "::1", "::ffff:127.0.0.1"]
-    with suppress(OSError):
-        addresses += {str(i[4][0]) for i in socket.getaddrinfo(socket.gethostname(), None)}
+    for interface in psutil.net_if_addrs().values():
+        addresses += [
+            entry.address.partition("%")[0]
+            for entry in interface
+            if entry.family in (socket.AF_INET, socket.AF_INET6)
+        ]
     return {
         "paths": [str(path) for path in _places(stage)],
         "open_path": str(stage.open_file),
         "open_value": stage.opened,
         "admin": str(stage.paths.admin_socket),
-        "abstract": baits.abstract,
+        "abstract": abstract,
         "addresses": list(dict.fromkeys(addresses)),
         "port": bank.port,
+        "metadata": ["169.254.169.254", "fd00:ec2::254"],
         "pids": [stage.daemon.pid, os.getpid()],
         "since": stage.since,
     }
@@ -176,30 +174,23 @@ def _places(stage: Stage) -> list[Path]:
 
 
 @contextmanager
-def _baits(stage: Stage) -> Iterator[_Baits]:
-    """Plant them; the daemon's environment has another one."""
+def _baits(stage: Stage) -> Iterator[str]:
+    """Values like the secret in places that only an escape would reach; any found one is a breach.
+
+    An abstract socket, whose name it returns, a shared segment, and a key in a session keyring
+    that the daemon inherits. The daemon's environment has another one.
+    """
     with ExitStack() as undo:
         name = f"sandboxd-demo-{stage.top.name}"
         listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         listener.bind("\0" + name)
         listener.listen()
-        segment = kernel.share(decoy())
-        undo.callback(kernel.unshare, segment)
-        hunt = Hunt()
-        kernel.search_shared(hunt)
-        shared = bool(hunt.seen)
-        keyring: bool | str
-        try:
-            # A new session keyring, inherited by the daemon: its sandboxes must not have it.
+        with suppress(OSError):  # a kernel without System V IPC has nothing to hide there
+            undo.callback(kernel.unshare, kernel.share(decoy()))
+        with suppress(OSError):  # nor has one that refuses keys to everybody, as containers do
             kernel.new_session_keyring()
-            bait = decoy()
-            kernel.add_key(b"sandboxd-demo-bait", bait)
-            hunt = Hunt()
-            kernel.search_keyrings(hunt)
-            keyring = hunt.has(bait)
-        except OSError as failure:
-            keyring = f"refused: {failure.strerror}"
-        yield _Baits(name, keyring, shared)
+            kernel.add_key(b"sandboxd-demo-bait", decoy())
+        yield name
 
 
 def _judge(
@@ -208,9 +199,9 @@ def _judge(
     seen: _Seen,
     records: list[dict[str, Any]],
     verified: dict[str, Any],
-    baits: _Baits,
+    abstract: str,
 ) -> Result:
-    own = _own_controls(stage, bank, records, baits)
+    own = _own_controls(stage, bank, records, abstract)
     rows = [_row(name, seen.lines.get(name), own.get(name, (True, ""))) for name in ATTEMPTS]
     result = Result(rows)
     if seen.problem:
@@ -245,10 +236,7 @@ def _row(name: str, line: dict[str, Any] | None, own: tuple[bool, str]) -> Row:
     if isinstance(control, str):
         # The kernel refuses it even on the agent's own things. That is no weaker, if the same
         # code works out here, or is refused by the whole host.
-        outside = {
-            "kernel keyrings": probes.keyring_control,
-            "ptrace and its relatives": probes.tracing_control,
-        }[name]()
+        outside = probes.CONTROLS[name]()
         how = f"{control}, outside: {'works' if outside is True else outside}"
         control = outside is not False
     passed, more = own
@@ -263,11 +251,11 @@ def _row(name: str, line: dict[str, Any] | None, own: tuple[bool, str]) -> Row:
 
 
 def _own_controls(
-    stage: Stage, bank: Bank, records: list[dict[str, Any]], baits: _Baits
+    stage: Stage, bank: Bank, records: list[dict[str, Any]], abstract: str
 ) -> dict[str, tuple[bool, str]]:
     """The controls that only this process has: whether each passed, and what it shows."""
     reached = _connects((socket.AF_INET, ("127.0.0.1", bank.port)))
-    listens = _connects((socket.AF_UNIX, "\0" + baits.abstract))
+    listens = _connects((socket.AF_UNIX, "\0" + abstract))
     there = all(path.exists() or path == stage.paths.admin_socket for path in _places(stage))
     injected, masked = _told_of(records, "report")
     tempted = _option_works(stage)
@@ -276,8 +264,6 @@ def _own_controls(
         "the host's network": (reached, "this process connects"),
         "Unix sockets: admin, docker, D-Bus": (listens, "own and this process's answer"),
         "store, key and log by their paths": (there, "a file mounted there is read"),
-        "kernel keyrings": (baits.keyring is not False, ""),
-        "shared memory": (baits.shared, ""),
         "a tool that prints its secret": (
             injected > 0 and masked > 2,
             f"audit: {injected} secret injected, {masked} masked",

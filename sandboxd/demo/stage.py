@@ -180,9 +180,13 @@ class Stage:
 @contextmanager
 def open_stage(*, keep: bool = False) -> Iterator[Stage]:
     """A stage that is gone afterwards, however the block ends; only ``keep`` leaves its files."""
+    _check_root()
     base = tempfile.gettempdir()
-    # A socket's path has 107 bytes at most (unix(7)); ours adds about 50 to the directory's.
-    top = Path(tempfile.mkdtemp(prefix="sbx-", dir=base if len(base) < 40 else "/tmp"))  # noqa: S108
+    # A socket's path has 107 bytes at most (unix(7)), and ours adds about 50 to the directory's.
+    # Root's own directory may be closed to the broker, which gives up root.
+    if os.geteuid() == 0 or len(base) > 40:
+        base = "/tmp"  # noqa: S108
+    top = Path(tempfile.mkdtemp(prefix="sbx-", dir=base))
     stage = Stage(top.resolve())
     try:
         yield stage
@@ -316,6 +320,18 @@ def _undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _check_root() -> None:
+    """Unavailable for the root of a container that can't become the user the broker needs."""
+    if os.geteuid() != 0:
+        return
+    maps = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    if not any(int(first) <= _BROKER_UID < int(first) + int(size) for first, _, size in maps):
+        raise Unavailable(
+            f"root of this container can't become uid {_BROKER_UID}, which it has no mapping for",
+            hint="run the demo as an ordinary user, or see: sandboxctl doctor",
+        )
 
 
 def _new_value() -> bytes:

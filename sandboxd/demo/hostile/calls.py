@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from . import kernel
@@ -23,6 +24,8 @@ import os
 with open("/workspace/loot-%d" % os.getpid(), "wb") as loot:
     loot.write(repr(dict(os.environ)).encode())
 """
+#: Where something of the tool's could turn up.
+_SHARED = ("/workspace", "/tmp", "/dev/shm", "/run", "/home", "/var")  # noqa: S108
 _INJECTED = {
     "LD_PRELOAD": "/workspace/trap.so",
     "LD_AUDIT": "/workspace/trap.so",
@@ -45,7 +48,7 @@ def printed_secret(plan: Plan, client: Client) -> Outcome:
 def no_secret(plan: Plan, client: Client) -> Outcome:
     hunt, _ = _call(client, "greet", {})
     found = hunt.has(plan.open_value.encode())  # a constant of the tool's manifest
-    return Outcome(hunt, "nothing in the environment that it prints", found)
+    return Outcome(hunt, "nothing in all that it prints", found)
 
 
 def injection(plan: Plan, client: Client) -> Outcome:
@@ -110,7 +113,7 @@ def bridge(plan: Plan, client: Client) -> Outcome:
         read_file(hunt, f"/proc/{client.pid}/{name}")
     control = hunt.has(plan.open_value.encode())  # the bridge was started with it
     kernel.search_memory(hunt, client.pid)
-    return Outcome(hunt, f"nothing in it or its {hunt.bytes >> 20} MiB of memory", control)
+    return Outcome(hunt, f"nothing in it, or {hunt.bytes >> 20} MiB of memory", control)
 
 
 def spying(plan: Plan, client: Client) -> Outcome:
@@ -124,13 +127,13 @@ def spying(plan: Plan, client: Client) -> Outcome:
             read_file(hunt, f"/proc/{pid}/{name}")
         if pid not in (os.getpid(), client.pid):
             kernel.search_memory(hunt, pid)
-    shared = files(plan)
+    shared = files(replace(plan, roots=_SHARED))
     print(json.dumps({"event": "spied"}), flush=True)
     answer = client.wait(call)
     hunt.look("the answer", json.dumps(answer).encode())
     hunt.add(shared.hunt)
     control = told == "running" and not failed(answer) and shared.control is True
-    detail = f"{len(pids)} processes, its own; nothing new in shared places"
+    detail = f"saw its own {len(pids)} processes, no trace of the tool"
     return Outcome(hunt, detail, control, "the tool ran meanwhile")
 
 

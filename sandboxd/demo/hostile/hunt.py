@@ -100,8 +100,8 @@ class Hunt:
 
     @property
     def refusals(self) -> str:
-        """``EACCES 3, EPERM 1``."""
-        return ", ".join(f"{name} {count}" for name, count in sorted(self.refused.items()))
+        """``EACCES, EPERM``."""
+        return ", ".join(sorted(self.refused))
 
 
 def read_file(hunt: Hunt, path: str, most: int = 1 << 40) -> bool:

@@ -10,6 +10,7 @@ where the agent may look. A search that misses its decoy proves nothing, and say
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import stat
@@ -22,7 +23,7 @@ from typing import Any
 from . import kernel
 from .hunt import Hunt, decoy, neighbour, processes, read_file
 
-__all__ = ["PROBES", "Outcome", "Plan", "own_environments"]
+__all__ = ["CONTROLS", "PROBES", "Outcome", "Plan", "own_environments"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Plan:
     abstract: str = ""
     addresses: tuple[str, ...] = ()
     port: int = 0
+    metadata: tuple[str, ...] = ()
     pids: tuple[int, ...] = ()
     since: float = 0.0
     roots: tuple[str, ...] = ("/",)
@@ -141,19 +143,16 @@ def files(plan: Plan) -> Outcome:
     path = f"{os.environ.get('TMPDIR', '/tmp')}/decoy-{os.getpid()}"  # noqa: S108
     with open(path, "wb") as file:
         file.write(planted)
-    seen = 0
-    for root in plan.roots:
-        for entry in _walk(hunt, root):
-            seen += 1
-            if _is_new(entry, plan.since):
-                read_file(hunt, entry.path)
+    found = _survey(plan.roots, plan.since)
+    for new in found.new:
+        read_file(hunt, new)
     for name in _names(hunt, "/proc"):
         if name.rpartition("/")[2] not in _SKIPPED and os.path.isfile(name):
             read_file(hunt, name, 1 << 20)
     os.unlink(path)
     with open("/proc/self/mountinfo") as file:
         mounts = sum(1 for _ in file)
-    detail = f"nothing in {seen:,} files on {mounts} mounts"
+    detail = f"nothing in {found.count:,} files on {mounts} mounts"
     return Outcome(hunt, detail, hunt.has(planted))
 
 
@@ -185,7 +184,7 @@ def sockets(plan: Plan) -> Outcome:
     own = os.environ.get("SANDBOXD_SOCKET", "")
     targets = {plan.admin, *_SOCKETS, *_listed_sockets()} - {own, ""}
     targets |= {f"/run/user/{uid}/bus" for uid in (os.getuid(), 1000)}
-    targets |= {e.path for root in plan.roots for e in _walk(hunt, root) if _is_socket(e)} - {own}
+    targets |= _survey(plan.roots, plan.since).sockets - {own}
     if plan.abstract:
         targets.add("\0" + plan.abstract)
     for target in sorted(targets):
@@ -221,21 +220,34 @@ def keyring_control() -> bool | str:
 
 def shared_memory(plan: Plan) -> Outcome:
     hunt = Hunt()
-    planted = decoy()
-    key = kernel.share(planted)
     try:
         count = kernel.search_shared(hunt)
+    except OSError as failure:
+        hunt.refuse(failure)
+        return Outcome(hunt, "this kernel has none", shared_control())
+    return Outcome(hunt, _counted("nothing in", count, "segment", hunt), shared_control())
+
+
+def shared_control() -> bool | str:
+    """Plant a segment and find it again; or who refuses that."""
+    hunt = Hunt()
+    planted = decoy()
+    try:
+        segment = kernel.share(planted)
+    except OSError as failure:
+        return f"refused: {errno.errorcode.get(failure.errno or 0, '?')}"
+    try:
+        kernel.search_shared(hunt)
     finally:
-        kernel.unshare(key)
-    others = f"nothing in {count - 1} other segments"
-    return Outcome(hunt, others, hunt.has(planted))
+        kernel.unshare(segment)
+    return hunt.has(planted)
 
 
 def network(plan: Plan) -> Outcome:
     """The demo's own process is the control: it reaches the server that this one can't."""
     hunt = Hunt()
     targets = [(address, plan.port) for address in plan.addresses]
-    targets += [("169.254.169.254", 80), ("fd00:ec2::254", 80)]
+    targets += [(address, 80) for address in plan.metadata]
     for host, port in targets:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -283,7 +295,9 @@ def tracing_control() -> bool | str:
 def _counted(words: str, count: int, noun: str, hunt: Hunt) -> str:
     plural = noun + ("es" if noun.endswith("s") else "s")
     text = f"{words} {count:,} {noun if count == 1 else plural}"
-    return f"{text}; refused: {hunt.refusals}" if hunt.refused else text
+    # What ended or was closed meanwhile refused nothing.
+    closed = sum(hunt.refused[name] for name in ("EACCES", "EPERM"))
+    return f"{text}, {closed} closed" if closed else text
 
 
 def _names(hunt: Hunt, directory: str) -> list[str]:
@@ -294,38 +308,49 @@ def _names(hunt: Hunt, directory: str) -> list[str]:
         return []
 
 
-def _walk(hunt: Hunt, root: str) -> Iterator[os.DirEntry[str]]:
-    """Everything below ``root`` but /proc, which has searches of its own."""
-    todo = [root]
+@dataclass(frozen=True)
+class _Survey:
+    """The files below some directories: how many, those changed lately, and the sockets."""
+
+    count: int
+    new: tuple[str, ...]
+    sockets: frozenset[str]
+
+
+@functools.cache
+def _survey(roots: tuple[str, ...], since: float) -> _Survey:
+    """Walk ``roots``, once: a whole system has some 100,000 files."""
+    count, new, found = 0, [], []
+    for entry in _walk(roots):
+        count += 1
+        if entry.is_symlink():
+            continue
+        if not entry.is_file(follow_symlinks=False):  # no stat(2): the directory itself tells
+            if _told(entry, lambda status: stat.S_ISSOCK(status.st_mode)):
+                found.append(entry.path)
+        elif _told(entry, lambda status: status.st_ctime >= since):
+            new.append(entry.path)
+    return _Survey(count, tuple(new), frozenset(found))
+
+
+def _walk(roots: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
+    """Everything that is no directory, but /proc, which has searches of its own."""
+    todo = list(roots)
     while todo:
-        directory = todo.pop()
         try:
-            with os.scandir(directory) as entries:
+            with os.scandir(todo.pop()) as entries:
                 for entry in entries:
                     if not entry.is_dir(follow_symlinks=False):
                         yield entry
                     elif entry.path not in ("/proc", "/sys"):
                         todo.append(entry.path)
-        except OSError as failure:
-            hunt.refuse(failure)
+        except OSError:
+            continue  # closed to us, or gone
 
 
-def _is_new(entry: os.DirEntry[str], since: float) -> bool:
+def _told(entry: os.DirEntry[str], question: Callable[[os.stat_result], bool]) -> bool:
     try:
-        return (
-            entry.is_file(follow_symlinks=False)
-            and entry.stat(follow_symlinks=False).st_ctime >= since
-        )
-    except OSError:
-        return False
-
-
-def _is_socket(entry: os.DirEntry[str]) -> bool:
-    # Told by the directory itself, without a stat(2).
-    if entry.is_file(follow_symlinks=False) or entry.is_symlink():
-        return False
-    try:
-        return stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
+        return question(entry.stat(follow_symlinks=False))
     except OSError:
         return False
 
@@ -384,6 +409,13 @@ _SOCKETS = (
     "\0/tmp/dbus-session",
     "\0/containerd-shim",
 )
+
+#: Controls that a kernel may refuse altogether: the demo tries them outside as well.
+CONTROLS: dict[str, Callable[[], bool | str]] = {
+    "kernel keyrings": keyring_control,
+    "shared memory": shared_control,
+    "ptrace and its relatives": tracing_control,
+}
 
 #: Name in the table, and the search.
 PROBES: dict[str, Callable[[Plan], Outcome]] = {
