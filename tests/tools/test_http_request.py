@@ -166,6 +166,7 @@ def test_a_path_cannot_climb(call: Any, site: Any, path: str) -> None:
         {"Accept-Encoding": "gzip"},
         {"Range": "bytes=0-9"},
         {"X-HTTP-Method-Override": "DELETE"},
+        {"X-Original-URL": "/admin"},
         {"X-A": "b\r\nAuthorization: x"},
         {"X-A": "b\nc"},
         {"X-A": "b\0c"},

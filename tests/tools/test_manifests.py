@@ -92,6 +92,28 @@ def test_manifest_and_program_know_the_same_arguments_and_secrets(
     assert re.search(rf"^## `{name}`", manual, re.MULTILINE)
 
 
+def test_the_manuals_examples_load_and_decide_as_it_says(tmp_path: Path) -> None:
+    manual = (ROOT / "docs" / "tools.md").read_text()
+    for path, text in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", manual, re.MULTILINE | re.DOTALL):
+        target = tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    agent = tmp_path / "agents" / "helper.yaml"
+    words = agent.read_text()
+    assert "tools: [http_request, shell]" in words
+    agent.write_text(
+        words.replace("shell]", "shell, weather, git]") + "policy: careful\n",
+    )
+    loaded = load_config(tmp_path, shipped_policies=ROOT / "policies", shipped_tools=ROOT / "tools")
+    assert loaded.warnings == ()
+    helper = loaded.agents["helper"]
+    assert decide(loaded, helper, "git", {"operation": "push"}).allowed
+    denied = decide(loaded, helper, "git", {"operation": "push", "force": True})
+    assert denied.reason == "nobody rewrites history here"
+    weather = loaded.tools["weather"]
+    assert [secret.variable for secret in weather.secrets] == ["WEATHER_KEY"]
+
+
 # --- shell ---
 
 

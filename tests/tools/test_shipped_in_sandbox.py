@@ -35,9 +35,9 @@ async def broker(launcher: Launcher, tmp_path: Path) -> AsyncIterator[Broker]:
 
 
 @pytest.fixture
-def python_reachable(launcher: Launcher) -> None:
+def python_reachable(launcher_mode: str) -> None:
     """Skip where root's tests play an ordinary user who can't reach root's own interpreter."""
-    if os.geteuid() == 0 and launcher.mode == "user":
+    if os.geteuid() == 0 and launcher_mode == "user":
         for prefix in python_prefixes():
             for folder in (Path(prefix), *Path(prefix).parents):
                 if not folder.stat().st_mode & 0o001:

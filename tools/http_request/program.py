@@ -55,7 +55,11 @@ FORBIDDEN = {
     "transfer-encoding": _HOP,
     "upgrade": _HOP,
 }
-METHOD_OVERRIDES = ("x-http-method", "x-http-method-override", "x-method-override")
+#: Headers by which some servers take another method or path than the request line says.
+OVERRIDES = (
+    *("x-http-method", "x-http-method-override", "x-method-override"),
+    *("x-original-url", "x-rewrite-url"),
+)
 
 #: What the caller learns of the answer's headers: nothing that sets state or names sessions.
 SHOWN = re.compile(
@@ -274,8 +278,8 @@ def request_parts(
             raise Stop(4, f"header {name} carries the credential; the tool sets it itself")
         if plain in FORBIDDEN:
             raise Stop(4, f"header {name} can't be chosen: {FORBIDDEN[plain]}")
-        if plain in METHOD_OVERRIDES:
-            raise Stop(4, f"header {name} can't be chosen: it hides the method from the policy")
+        if plain in OVERRIDES:
+            raise Stop(4, f"header {name} can't be chosen: it hides the request from the policy")
         if plain in seen:
             raise Stop(2, f"header {name} is given twice")
         seen.add(plain)
