@@ -219,11 +219,11 @@ def _check_secrets(tool: Tool, document: Document, problems: Problems) -> None:
         at = document.at(("secrets", index))
         reason = names.loader_reason(secret.variable)
         if reason:
-            problems.warn(
+            problems.add(
                 document.file,
                 at,
-                f"no store takes {secret.variable}, so no call gets it: {reason}; "
-                "name the variable otherwise and use 'as'",
+                f"no store takes {secret.variable}: {reason}",
+                f"name the variable otherwise: {{variable: OTHER, as: {secret.as_name}}}",
             )
         message = _secret_problem(secret, tool)
         place = ("env" if secret.delivery == "fd" else secret.delivery, secret.as_name)

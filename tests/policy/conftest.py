@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from hypothesis import settings
 
 from sandboxd.paths import shipped
 from sandboxd.policy import Config, ConfigErrors, load_config
+
+# No deadline: the machine may be busy. No database: the checkout may be read-only.
+settings.register_profile("sandboxd", deadline=None, database=None, print_blob=True)
+settings.load_profile("sandboxd")
 
 AGENT = """\
 version: 1
@@ -86,6 +93,14 @@ class ConfigDirectory:
         with pytest.raises(ConfigErrors) as caught:
             self.load()
         return caught.value.errors[0].hint
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _umask() -> Iterator[None]:
+    """Files that no group can write, whatever the umask of whoever runs the tests."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture

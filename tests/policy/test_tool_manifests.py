@@ -145,9 +145,10 @@ def test_an_operator_who_sets_a_loader_variable_is_warned_what_it_does(config: A
     assert "HTTPS_PROXY is set: it sends the tool's traffic" in warning
 
 
-def test_a_variable_that_no_store_takes_is_told(config: Any) -> None:
-    config.tool("secrets: [{variable: LD_PRELOAD, as: X}]\n")
-    assert any("no store takes LD_PRELOAD" in w for w in config.load().warnings)
+def test_a_variable_that_no_store_takes_is_refused(config: Any) -> None:
+    config.tool("secrets: [{variable: GIT_TOKEN}]\n")
+    assert "11:11: no store takes GIT_TOKEN: git runs programs" in config.problem()
+    assert config.hint() == "name the variable otherwise: {variable: OTHER, as: GIT_TOKEN}"
 
 
 def test_a_schema_that_takes_anything_more_is_a_warning(config: Any) -> None:
