@@ -216,7 +216,8 @@ def _log_to_stderr(level: str) -> None:
 
 def _complain(failure: SandboxdError) -> None:
     print(f"sandboxd: {failure.message}", file=sys.stderr)
-    for part in getattr(failure, "errors", ()):
+    parts = [part for part in getattr(failure, "errors", ()) if part.message != failure.message]
+    for part in parts:
         print(f"  {part.message}", file=sys.stderr)
         if part.hint:
             print(f"    hint: {part.hint}", file=sys.stderr)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ from sandboxd.vault.custody import create_key_file
 BROKER_UID = 1_899_999_999
 
 
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something that another process does; an AssertionError when it never comes."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
 class RealDaemon:
     """One daemon. ``base`` has a short name: socket paths are limited to 107 bytes."""
 
@@ -34,6 +42,7 @@ class RealDaemon:
         self.paths = Paths(base / "config", base / "state", base / "run")
         self.process: subprocess.Popen[str] | None = None
         self.log = base / "daemon.log"
+        self.wrapper: tuple[str, ...] = ()
         for name in ("agents", "tools", "policies"):
             (self.paths.config / name).mkdir(parents=True)
         create_key_file(self.paths.config / "master.key")
@@ -71,7 +80,7 @@ class RealDaemon:
     def command(self) -> list[str]:
         user = ["--user", str(BROKER_UID)] if os.geteuid() == 0 else []
         return [
-            *(sys.executable, "-m", "sandboxd.main"),
+            *(*self.wrapper, sys.executable, "-m", "sandboxd.main"),
             *("--config", str(self.paths.config)),
             *("--state", str(self.paths.state)),
             *("--runtime", str(self.paths.runtime), *user),

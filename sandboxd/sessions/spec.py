@@ -43,12 +43,6 @@ def check_agent(agent: Agent, policy: Policy, terms: SessionTerms, args: tuple[s
             rule=f"{policy.source}: require",
             hint="see what this host offers: sandboxctl doctor",
         )
-    if agent.network != terms.network:
-        raise Denied(
-            f"agent {agent.slug} asks for the host's network, which policy {policy.name} withholds",
-            rule=f"{policy.source}: agent_network",
-            hint=f"remove 'network: host' from {agent.source}, or choose another policy",
-        )
 
 
 def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec:
