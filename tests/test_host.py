@@ -103,7 +103,7 @@ def test_installing_writes_units_user_and_directories(root: Path) -> None:
         "sandboxd", "sandboxd broker", "/var/lib/sandboxd", "/usr/sbin/nologin",
     )  # fmt: skip
     for path, mode, owner in (
-        ("run/sandboxd", 0o750, int(uid)),
+        ("run/sandboxd", 0o755, int(uid)),
         ("var/lib/sandboxd", 0o700, int(uid)),
         ("etc/sandboxd", 0o750, 0),
     ):

@@ -82,8 +82,11 @@ class Host:
 
     def processes_of(self, unit: str) -> list[str]:
         """What still runs in the unit's cgroup and below, by any hierarchy."""
-        listing = self.out("ps", "-eo", "pid=,cgroup=,args=", "-ww")
-        return [line for line in listing.splitlines() if unit in line.split(None, 2)[1]]
+        script = (
+            'grep -ls "$0" /proc/[0-9]*/cgroup | while read -r file; do '
+            'tr "\\0" " " < "${file%cgroup}cmdline"; echo; done'
+        )
+        return self.out("sh", "-c", script, f"/{unit}").splitlines()
 
     def write(self, path: str, content: str, mode: int = 0o644) -> None:
         at = self.root / path.lstrip("/")

@@ -51,7 +51,7 @@ def test_installing_makes_user_directories_and_units(host) -> None:
     listing = host.out("stat", "-c", "%n %A %U:%G", "/run/sandboxd", "/var/lib/sandboxd",
                        "/etc/sandboxd").splitlines()  # fmt: skip
     assert listing == [
-        "/run/sandboxd drwxr-x--- sandboxd:sandboxd",
+        "/run/sandboxd drwxr-xr-x sandboxd:sandboxd",
         "/var/lib/sandboxd drwx------ sandboxd:sandboxd",
         "/etc/sandboxd drwxr-x--- root:sandboxd",
     ]
