@@ -103,6 +103,12 @@ def _umask() -> Iterator[None]:
     os.umask(before)
 
 
+@pytest.fixture(scope="session")
+def make_config() -> type[ConfigDirectory]:
+    """For fixtures that outlive one test."""
+    return ConfigDirectory
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> ConfigDirectory:
     directory = tmp_path / "config"

@@ -294,11 +294,8 @@ def test_one_argument_goes_to_standard_input_as_it_is(config: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    import conftest  # the directory of this file, as pytest put it on the path
-
-    path = tmp_path_factory.mktemp("config")
-    directory = conftest.ConfigDirectory(path)
+def loaded(tmp_path_factory: pytest.TempPathFactory, make_config: Any) -> Config:
+    directory = make_config(tmp_path_factory.mktemp("config"))
     directory.tool("stdin: json\n")
     directory.agent(tools="[echo, http_request, sql_query, git, shell]")
     got: Config = directory.load()
