@@ -106,7 +106,10 @@ class _Live:
 
 
 class Calls:
-    """Every tool call of every session of one daemon."""
+    """Every tool call of every session of one daemon.
+
+    Without ``bounds``, the configuration's ``max_concurrent_calls`` as of now is the total.
+    """
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class Calls:
     ) -> None:
         self._config, self._vault, self._audit = config, vault, audit
         self._launcher, self._uids = launcher, uids
-        bounds = bounds or Bounds()
+        bounds = bounds or Bounds(total=int(config().settings.max_concurrent_calls))
         self._gate = Gate(
             total=bounds.total,
             per_session=bounds.per_session,
