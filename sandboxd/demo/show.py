@@ -233,7 +233,7 @@ def _row(name: str, line: dict[str, Any] | None, own: tuple[bool, str]) -> Row:
     if line is None:
         return Row(name, found=True, result="was not tried", control=False, how="")
     control, how = line["control"], str(line["control_detail"])
-    if isinstance(control, str):
+    if isinstance(control, str) and name in probes.CONTROLS:
         # The kernel refuses it even on the agent's own things. That is no weaker, if the same
         # code works out here, or is refused by the whole host.
         outside = probes.CONTROLS[name]()

@@ -30,11 +30,13 @@ __all__ = ["AGENT", "VARIABLE", "Stage", "open_stage", "until_interrupted"]
 
 AGENT = "hostile"
 VARIABLE = "BANK_TOKEN"
+TOOLS = ("pay", "report", "greet")
 
 #: Whom the broker becomes when root runs the demo: a uid that no account has.
 _BROKER_UID = 1_899_999_999
 _START_SECONDS = 30.0
 _STOP_SECONDS = 15.0
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ARCHIVE = "/opt/demo/agent.pyz"
 _HERE = Path(__file__).parent
 
@@ -97,7 +99,7 @@ class Stage:
             path = self.paths.config / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        for tool in ("pay", "report", "greet"):
+        for tool in TOOLS:
             shutil.copyfile(
                 _HERE / "programs" / f"{tool}.py", self.paths.config / "tools" / tool / "program.py"
             )
@@ -188,26 +190,35 @@ def open_stage(*, keep: bool = False) -> Iterator[Stage]:
         base = "/tmp"  # noqa: S108
     top = Path(tempfile.mkdtemp(prefix="sbx-", dir=base))
     stage = Stage(top.resolve())
-    try:
-        yield stage
-    finally:
+
+    def clean() -> None:
         with _undisturbed():
             stage.stop()
             if not keep:
                 shutil.rmtree(top, ignore_errors=True)
 
+    try:
+        yield stage
+    finally:
+        try:
+            clean()
+        finally:
+            clean()  # once more, should the one interrupt that we take have come right before
+
 
 @contextmanager
 def until_interrupted() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP end the block as Ctrl-C does, so that its cleanup runs."""
+    """Make SIGTERM and SIGHUP end the block as Ctrl-C does, and only the first of all these."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+        for each in _INTERRUPTS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in _INTERRUPTS}
     try:
         yield
     finally:
@@ -313,8 +324,7 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _INTERRUPTS}
     try:
         yield
     finally:
