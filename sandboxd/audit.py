@@ -36,6 +36,7 @@ JSON = None | bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"]
 _LOG, _HEAD = "audit.jsonl", "audit.head"
 _OWN_FIELDS = frozenset({"seq", "at", "event", "prev", "mac"})
 _MAX_RECORD = 1 << 20
+_KEY_SIZE = 32
 #: How much of the end is authenticated at start; all of it is, when the head lies before that.
 _TAIL = 1 << 20
 
@@ -85,7 +86,9 @@ class AuditLog:
     """Append records and read them back. One per directory; a lock keeps other processes out."""
 
     @classmethod
-    def open(cls, directory: Path, key: bytes, clock: Callable[[], float] = time.time) -> AuditLog:
+    def open(
+        cls, directory: Path, key: bytes | Secret, clock: Callable[[], float] = time.time
+    ) -> AuditLog:
         """The log in ``directory``, made when there is none, its end authenticated.
 
         A last line that a crash left unfinished is cut off, and a record ``audit.repaired`` says
@@ -93,8 +96,10 @@ class AuditLog:
         :class:`Denied` when its files aren't private, :class:`Conflict` when another process has
         it open.
         """
-        secret = Secret(key)
+        secret = key if isinstance(key, Secret) else Secret(key)
         del key  # a traceback that shows locals must not show it
+        if len(secret) < _KEY_SIZE:
+            raise Invalid(f"an audit key has at least {_KEY_SIZE} bytes")
         with contextlib.ExitStack() as opened:
             try:
                 _make_directory(directory)
@@ -258,13 +263,13 @@ class AuditLog:
             )
 
 
-def verify_log(directory: Path, key: bytes) -> AuditReport:
+def verify_log(directory: Path, key: bytes | Secret) -> AuditReport:
     """Check every record of a log that need not be open, and of one that :class:`AuditLog` refuses.
 
     Raises :class:`StoreError` when its files can't be read and :class:`Denied` when they aren't
     private.
     """
-    secret = Secret(key)
+    secret = key if isinstance(key, Secret) else Secret(key)
     del key
     fds: list[int] = []
     try:
@@ -311,12 +316,15 @@ class _Chain:
 
     def walk(self, log: int, remembered: _Mark) -> tuple[Bad | None, int]:
         """Step to the end: the first bad record, and the bytes of an unfinished last line."""
-        torn = 0
         for line, finished in _lines(log, self.mark.size):
-            if not finished and self.mark.seq >= remembered.seq:
-                torn = len(line)
-                break
-            why = self.step(line) if finished else "is cut off, and the head remembers it whole"
+            if finished:
+                why = self.step(line)
+            elif self.mark.seq < remembered.seq:
+                why = "is cut off, and the head remembers it whole"
+            elif _is_begun(line, self.mark.seq + 1):
+                return None, len(line)
+            else:
+                why = "is neither a record nor the beginning of one"
             if why:
                 return Bad(self.mark.seq + 1, self.line + 1, why), 0
             if self.mark.seq == remembered.seq and self.mark.mac != remembered.mac:
@@ -325,7 +333,7 @@ class _Chain:
         if self.mark.seq < remembered.seq:
             why = f"is missing: the head remembers {remembered.seq} records, the end was cut off"
             return Bad(self.mark.seq + 1, self.line + 1, why), 0
-        return None, torn
+        return None, 0
 
 
 def _verify(log: int, head: int, key: Secret) -> AuditReport:
@@ -354,6 +362,13 @@ def _authenticate_end(directory: Path, log: int, head: int, key: Secret) -> tupl
     raise StoreError(
         f"the audit log {directory} is damaged or was tampered with: {_told(bad)}", hint=_EVIDENCE
     )
+
+
+def _is_begun(line: bytes, seq: int) -> bool:
+    """Whether a crash can have left this of the record: its beginning, or a hole never filled."""
+    begin = b'{"seq":%d,' % seq
+    written = line.rstrip(b"\0")
+    return written.startswith(begin) or begin.startswith(written)
 
 
 def _lines(fd: int, offset: int) -> Iterator[tuple[bytes, bool]]:

@@ -411,6 +411,27 @@ def test_an_unfinished_last_line_is_cut_off_and_that_is_recorded(five: Path, reo
     assert reopen().verify().records == 6
 
 
+@pytest.mark.parametrize("torn", [b"{", b'{"seq":6', bytes(4096), b'{"seq":6,"a' + bytes(100)])
+def test_whatever_a_crash_can_leave_of_a_record_is_repaired(
+    five: Path, reopen: Open, torn: bytes
+) -> None:
+    with five.open("ab") as file:
+        file.write(torn)
+    assert reopen().tail(1)[0]["dropped_bytes"] == len(torn)
+
+
+@pytest.mark.parametrize("junk", [b"x", b'{"seq":7,', b'{"seq":5,"at', b"\0x", b"x" * (3 << 20)])
+def test_an_unfinished_line_that_no_crash_can_leave_is_refused(
+    five: Path, reopen: Open, junk: bytes
+) -> None:
+    with five.open("ab") as file:
+        file.write(junk)
+    assert verified(five) == Bad(6, 6, "is neither a record nor the beginning of one")
+    with pytest.raises(StoreError, match="line 6, record 6 is neither"):
+        reopen()
+    assert five.read_bytes().endswith(junk)
+
+
 def test_a_record_that_lost_its_end_after_it_was_promised_is_not_repaired(
     five: Path, reopen: Open
 ) -> None:
@@ -631,6 +652,14 @@ async def test_what_is_no_json_is_refused_and_breaks_nothing(log: AuditLog) -> N
         assert "hunter2" not in str(caught.value)
     assert await log.append("y") == 1
     assert log.verify().ok
+
+
+def test_a_short_key_is_refused_and_a_secret_is_a_key(directory: Path) -> None:
+    with pytest.raises(Invalid, match="at least 32 bytes"):
+        AuditLog.open(directory, KEY[:31])
+    assert not directory.exists()
+    AuditLog.open(directory, Secret(KEY)).close()
+    assert verify_log(directory, KEY).ok
 
 
 def test_no_error_shows_the_key(five: Path, reopen: Open, tmp_path: Path) -> None:

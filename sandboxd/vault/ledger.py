@@ -159,8 +159,8 @@ class Ledger:
         """16 hex digits: equal for equal values of one agent, useless without the key."""
         return self._fingerprints.of_value(value, self._team, agent).hex()[:16]
 
-    def subkey(self, purpose: str) -> bytes:
-        return self._subkeys.of(purpose)
+    def subkey(self, purpose: str) -> Secret:
+        return Secret(self._subkeys.of(purpose))
 
     def rekey(self, new: MasterKey) -> None:
         """Wrap every key of every team with ``new``."""

@@ -79,7 +79,7 @@ class SqliteStore:
         opened, isn't a sandboxd store, is structurally damaged or was written by a newer version.
         """
         self._path = path
-        self.created = _make_file(path)
+        _make_file(path)
         self._db = self._connect()
         try:
             with self._told("open"):
@@ -229,9 +229,9 @@ class SqliteTransaction:
 
     def rows(self, team: str | None = None, agent: str | None = None) -> Iterator[VariableRow]:
         cursor = self._db.execute(
-            f"SELECT {_VARIABLE} FROM variables WHERE (?1 IS NULL OR team = ?1) "
-            "AND (?2 IS NULL OR agent = ?2) ORDER BY team, agent, name",
-            (team, agent),
+            f"SELECT {_VARIABLE} FROM variables WHERE (? IS NULL OR team = ?) "
+            "AND (? IS NULL OR agent = ?) ORDER BY team, agent, name",
+            (team, team, agent, agent),
         )
         for row in cursor:
             yield VariableRow(*row)
@@ -263,10 +263,10 @@ class SqliteTransaction:
         self._put("sessions", f"team, {_SESSION}", (team, *values))
         if record.state == "ended":
             self._db.execute(
-                "DELETE FROM sessions WHERE team = ?1 AND state = 'ended' AND id NOT IN (SELECT "
-                "id FROM sessions WHERE team = ?1 AND state = 'ended' "
-                "ORDER BY ended_at DESC LIMIT ?2)",
-                (team, _ENDED_SESSIONS),
+                "DELETE FROM sessions WHERE team = ? AND state = 'ended' AND id NOT IN (SELECT "
+                "id FROM sessions WHERE team = ? AND state = 'ended' "
+                "ORDER BY ended_at DESC LIMIT ?)",
+                (team, team, _ENDED_SESSIONS),
             )
 
     def sessions(self, team: str, *, include_ended: bool) -> list[SessionRecord]:
@@ -300,16 +300,15 @@ def _session(row: tuple[Any, ...]) -> SessionRecord:
     return SessionRecord(**columns | {"variables": versions})
 
 
-def _make_file(path: Path) -> bool:
-    """Whether it had to be made. SQLite gives its companion files the mode of this one."""
+def _make_file(path: Path) -> None:
+    """Make it when it's missing. SQLite gives its companion files the mode of this one."""
     try:
         # O_PATH: closing any other descriptor of the file would drop the locks that another
         # connection of this process holds on it (fcntl(2), "Record locking").
-        fd, created = open_private(path, os.O_PATH, "the store"), False
+        fd = open_private(path, os.O_PATH, "the store")
     except FileNotFoundError:
         try:
             fd = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, "the store")
-            created = True
             os.fsync(fd)
             fsync_directory(path.parent)
         except OSError as error:
@@ -323,7 +322,6 @@ def _make_file(path: Path) -> bool:
             hint="sandboxd must be able to write the state directory",
         ) from None
     os.close(fd)
-    return created
 
 
 def _schema(db: sqlite3.Connection) -> set[tuple[str, str, str | None]]:

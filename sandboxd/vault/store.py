@@ -105,8 +105,6 @@ class Transaction(Protocol):
 class Store(Protocol):
     """Where the rows are."""
 
-    created: bool  # by this process, just now
-
     def transaction(self, *, write: bool) -> AbstractContextManager[Transaction]:
         """Commit on leaving, roll back on an error. Raises StoreError when the store fails."""
 

@@ -110,7 +110,7 @@ class Vault:
         """How many changes the store has seen; it never goes down."""
         return self._ledger.generation
 
-    def subkey(self, purpose: str) -> bytes:
+    def subkey(self, purpose: str) -> Secret:
         """A key for one purpose that :meth:`rekey` leaves as it is."""
         return self._ledger.subkey(purpose)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,14 @@ def key() -> MasterKey:
 @pytest.fixture
 def other_key() -> MasterKey:
     return MasterKey(Secret(bytes(range(1, 33))))
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A directory where fsync(2) costs nothing, for the many tests that don't need a disk."""
+    shm = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else None) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

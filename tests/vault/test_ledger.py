@@ -19,6 +19,12 @@ from sandboxd.vault.sqlite import MIGRATIONS
 
 Reopen = Callable[..., Vault]
 
+
+@pytest.fixture
+def path(in_memory: Path) -> Path:
+    return in_memory / "store.sqlite"
+
+
 COLUMNS = {
     table: [
         row[1]

@@ -420,14 +420,18 @@ def test_opening_a_second_time_keeps_the_first_one_s_locks(path: Path) -> None:
     first = SqliteStore(path)
     with first.transaction(write=True):
         pass
-
-    def locks() -> list[str]:
-        inode = f":{path.stat().st_ino} "
-        with open("/proc/locks") as file:
-            return [line for line in file if inode in line]
-
-    before = locks()
-    assert before  # in WAL mode every connection holds a shared lock on the file
+    # In WAL mode every connection holds a shared lock on these bytes (SQLite: os.h, SHARED_FIRST).
+    code = """
+import fcntl
+try:
+    fcntl.lockf(path.open("r+b"), fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+except BlockingIOError:
+    print("locked")
+else:
+    print("free")
+"""
+    assert child(code, path).communicate(timeout=60) == ("locked\n", "")
     SqliteStore(path).close()
-    assert len(locks()) == len(before)
+    assert child(code, path).communicate(timeout=60) == ("locked\n", "")
     first.close()
+    assert child(code, path).communicate(timeout=60) == ("free\n", "")

@@ -20,6 +20,11 @@ from sandboxd.vault import MasterKey, SessionRecord, Vault
 VALUE = Secret(PLAINTEXT)
 
 
+@pytest.fixture
+def path(in_memory: Path) -> Path:
+    return in_memory / "store.sqlite"
+
+
 def value_of(vault: Vault, agent: str, name: str) -> bytes:
     return vault.unseal(vault.snapshot(agent).variables[name]).reveal()
 
