@@ -31,7 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read us has had enough: end as SIGPIPE would have, without a traceback at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        _give_up_output()
+        return 141  # whoever read us has had enough: end as SIGPIPE would have
+    except OSError as error:
+        _give_up_output()
+        where = error.filename or "input or output failed"
+        output.show_error(SandboxdError(f"{where}: {error.strerror}"))
+        return 1
     return status
+
+
+def _give_up_output() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's exit does not trip on it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
