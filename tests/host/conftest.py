@@ -144,10 +144,15 @@ def host(image: Path) -> Iterator[Host]:
 
 
 @contextlib.contextmanager
-def boot(root: Path) -> Iterator[Host]:
-    """Boot ``root`` with systemd-nspawn; the end powers it off, or kills it after a while."""
+def boot(root: Path, *, cgroups: str = "as here") -> Iterator[Host]:
+    """Boot ``root`` with systemd-nspawn; the end powers it off, or kills it after a while.
+
+    ``cgroups`` is what the container sees: this machine's tree, or a ``unified`` one (v2 only).
+    """
     # nspawn's own system call filter is switched off: it knows no Landlock, a real host has it.
     environ = dict(os.environ, SYSTEMD_SECCOMP="0")
+    if cgroups == "unified":
+        environ["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
     with tempfile.TemporaryFile() as console:
         nspawn = subprocess.Popen(
             [
