@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd.policy.decide import matches_glob
-from sandboxd.policy.model import Agent, Policy, Tool
+from sandboxd.policy.model import Agent, Mount, Policy
 from sandboxd.policy.policyfile import Written
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.toolcheck import check_environment, check_mounts
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "check_settings"]
 
+#: A host path that a sandbox gets: where the file says so, which, and whether it can write there.
+Reach = tuple[Place, Path, bool]
+
 
 def check(
     loaded: Loaded, policies: Mapping[str, Policy], directory: Path, problems: Problems
@@ -28,9 +31,9 @@ def check(
     """Note every problem that needs more than one file to see."""
     for agent, document in loaded.agents.values():
         _check_agent(agent, document, loaded, policies, problems)
-        _check_reach(agent, document, loaded, directory, problems)
+        _check_reach(_agent_places(agent), document, loaded, directory, problems)
     for tool, document in loaded.tools.values():
-        _check_tool_mounts(tool, document, loaded, directory, problems)
+        _check_reach(_mount_places(tool.mounts), document, loaded, directory, problems)
     for written in loaded.policies.values():
         _check_rules(written, loaded, problems)
     check_settings(loaded, problems)
@@ -176,40 +179,39 @@ def _check_argument(
         )
 
 
-def _check_reach(
-    agent: Agent, document: Document, loaded: Loaded, directory: Path, problems: Problems
-) -> None:
-    """No agent may see the configuration or the key, nor write where a tool's program lives."""
-    places: list[tuple[Place, Path, bool]] = [
-        (("mounts", i, "source"), Path(m.source), m.mode == "rw")
-        for i, m in enumerate(agent.mounts)
-    ]
+def _agent_places(agent: Agent) -> list[Reach]:
+    places = _mount_places(agent.mounts)
     if agent.workspace.path is not None:
-        places.append((("workspace", "path"), agent.workspace.path, agent.workspace.mode == "rw"))
+        writable = agent.workspace.mode == "rw"
+        places.append((("workspace", "path"), agent.workspace.path, writable))
+    return places
+
+
+def _mount_places(mounts: Iterable[Mount]) -> list[Reach]:
+    return [
+        (("mounts", index, "source"), Path(mount.source), mount.mode == "rw")
+        for index, mount in enumerate(mounts)
+    ]
+
+
+def _check_reach(
+    places: Iterable[Reach],
+    document: Document,
+    loaded: Loaded,
+    directory: Path,
+    problems: Problems,
+) -> None:
+    """No sandbox shows the configuration or the key, nor writes where a tool's program lives."""
     for path, place, writable in places:
         for what, own in _own(loaded, directory):
             if _overlap(place, own):
                 problems.add(document.file, document.at(path), f"{place} would show {what}, {own}")
-        if writable:
-            for tool, _ in loaded.tools.values():
-                if _overlap(place, tool.directory) or _overlap(place, tool.program):
-                    problems.add(
-                        document.file,
-                        document.at(path),
-                        f"{place} would let it change the program of {tool.name}",
-                    )
-
-
-def _check_tool_mounts(
-    tool: Tool, document: Document, loaded: Loaded, directory: Path, problems: Problems
-) -> None:
-    for index, mount in enumerate(tool.mounts):
-        for what, own in _own(loaded, directory):
-            if _overlap(Path(mount.source), own):
+        for tool, _ in loaded.tools.values() if writable else ():
+            if _overlap(place, tool.directory) or _overlap(place, tool.program):
                 problems.add(
                     document.file,
-                    document.at(("mounts", index, "source")),
-                    f"{mount.source} would show {what}, {own}",
+                    document.at(path),
+                    f"{place} would let an agent change the program of {tool.name}",
                 )
 
 

@@ -403,9 +403,14 @@ def test_no_agent_and_no_tool_sees_the_master_key(config: Any, tmp_path: Path) -
 
 def test_no_agent_writes_where_a_tools_program_lives(config: Any) -> None:
     config.agent("mounts: [{source: /usr/bin, target: /x, mode: rw}]\n")
-    assert any("would let it change the program of shell" in p for p in config.problems())
+    assert any("would let an agent change the program of shell" in p for p in config.problems())
     config.agent("mounts: [{source: /usr/bin, target: /x}]\n")
     assert config.load()
+
+
+def test_no_tool_writes_where_a_tools_program_lives(config: Any) -> None:
+    config.tool("mounts: [{source: /usr/bin, target: /x, mode: rw}]\n")
+    assert any("would let an agent change the program of shell" in p for p in config.problems())
 
 
 def test_a_socket_of_the_host_is_never_mounted(config: Any, tmp_path: Path) -> None:
