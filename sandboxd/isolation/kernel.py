@@ -42,6 +42,7 @@ __all__ = [
     "setns",
     "umount_detached",
     "unshare",
+    "wipe",
 ]
 
 CLONE_NEWNS = 0x00020000
@@ -302,6 +303,12 @@ def set_title(area: tuple[int, int], title: str) -> None:
         ctypes.memset(address, 0, size)
         ctypes.memmove(address, text, len(text))
     _libc.prctl(_PR_SET_NAME, ctypes.c_char_p(title.encode()), 0, 0, 0)
+
+
+def wipe(value: bytes) -> None:
+    """Overwrite a bytes object in memory. Only for the one who made it and needs it no more."""
+    if len(value) > 1:  # shorter ones are shared by all of Python
+        ctypes.memset(id(value) + bytes.__basicsize__ - 1, 0, len(value))
 
 
 def _capability_header() -> Any:

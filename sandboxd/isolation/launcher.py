@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation import kernel
-from sandboxd.isolation.sandbox import enter
+from sandboxd.isolation.sandbox import enter, prepare
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
 
 __all__ = ["fork_launcher", "main", "serve"]
@@ -85,6 +85,7 @@ def _run(sock: socket.socket) -> NoReturn:
         os.setsid()
         os.chdir("/")
         os.umask(0o022)
+        prepare()
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_IGN)  # the broker decides when it is time
         kernel.close_all_but([0, 1, 2, sock.fileno()])

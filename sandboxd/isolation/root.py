@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 
@@ -19,7 +20,7 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 
-__all__ = ["Root"]
+__all__ = ["Root", "system_layout"]
 
 #: Programs and libraries. A host path that is a symbolic link (/bin -> usr/bin on merged-/usr
 #: systems) is copied as a link.
@@ -99,9 +100,9 @@ class Root:
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
         # Every host path is opened before the new root covers anything of the host's tree.
         etc = _ETC + (_ETC_NETWORK if self.spec.network == "host" else ())
-        system = [(path, tree) for path in _SYSTEM if (tree := _clone_system(path)) is not None]
-        system += [(path, tree) for path in etc if (tree := _clone_system(path)) is not None]
-        links = [(path, os.readlink(path)) for path in _SYSTEM if os.path.islink(path)]
+        directories, links = system_layout()
+        paths = (*directories, *etc)
+        system = [(path, tree) for path in paths if (tree := _clone_system(path)) is not None]
         trees = [(m, tree) for m in self.spec.mounts if (tree := self._clone(m)) is not None]
         devices = [(name, _clone_device(name)) for name in _DEVICES]
         masks = [_clone_device("null") for _ in _PROC_MASKED_FILES]
@@ -350,18 +351,25 @@ class Root:
             os.chown(name, self.uid, self.gid, dir_fd=at, follow_symlinks=False)
 
 
+@functools.cache
+def system_layout() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """The host's directories of programs and libraries, and its links to them, as at the start."""
+    links = tuple((path, os.readlink(path)) for path in _SYSTEM if os.path.islink(path))
+    directories = (path for path in _SYSTEM if os.path.isdir(path) and not os.path.islink(path))
+    return tuple(directories), links
+
+
+@functools.cache
 def _mount_point() -> str:
     """A directory of the host to cover, in this mount namespace alone, while building."""
     for path in ("/tmp", "/run", "/mnt"):  # noqa: S108 - covered, never written
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not os.path.islink(path):
             return path
     return "/"
 
 
 def _clone_system(path: str) -> int | None:
     """A detached read-only copy of one of the system's paths; None if the host lacks it."""
-    if path in _SYSTEM and os.path.islink(path):
-        return None
     try:
         tree = kernel.clone_tree(kernel.AT_FDCWD, path, recursive=True)
     except KernelError as failure:

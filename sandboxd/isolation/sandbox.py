@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel
-from sandboxd.isolation.root import Root
+from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     MAX_SPEC,
@@ -34,7 +34,7 @@ from sandboxd.isolation.wire import (
     failed,
 )
 
-__all__ = ["INSIDE_ID", "enter"]
+__all__ = ["INSIDE_ID", "enter", "prepare"]
 
 #: The user and group id that every sandboxed program sees as its own.
 INSIDE_ID = 1000
@@ -46,6 +46,16 @@ _NAMESPACES = (
     | kernel.CLONE_NEWCGROUP
     | kernel.CLONE_NEWNET
 )
+_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+#: What Python and the launcher ignore or handle, and a program must not inherit.
+_OURS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
+
+
+def prepare() -> None:
+    """Once, in the launcher: what would be the same for every sandbox to come."""
+    for number in _SIGNALS.difference(_OURS):
+        signal.signal(number, signal.SIG_DFL)
+    system_layout()
 
 
 def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> NoReturn:
@@ -55,11 +65,12 @@ def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> 
     to the pipe ``report`` as frames: STARTED once the program runs or FAILED, then EXITED.
     """
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         kernel.set_dumpable(False)
         spec = _read_spec(fds[0])
         kernel.close_all_but([report, *fds[1:]])
         program = _start(spec, fds[1:], privileged=privileged)
+        _forget(spec)
         _send(report, Frame(Kind.STARTED, number))
         kernel.close_all_but([report])
         _be_init(number, program, report)
@@ -153,7 +164,7 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     _limit(spec.limits)
     os.umask(0o022)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.execve(spec.argv[0], spec.argv, dict(spec.env))
@@ -177,9 +188,8 @@ def _limit(limits: Limits) -> None:
 
 def _be_init(number: int, program: int, report: int) -> NoReturn:
     """Reap, pass signals on, and end with the program: the kernel then kills the whole tree."""
-    signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     while True:
-        received = signal.sigwaitinfo(signals).si_signo
+        received = signal.sigwaitinfo(_SIGNALS).si_signo
         if received != signal.SIGCHLD:
             os.kill(program, received)
             continue
@@ -202,7 +212,16 @@ def _read_spec(fd: int) -> LaunchSpec:
     if size > MAX_SPEC:
         raise KernelError("read", errno.EMSGSIZE, "launch spec")
     data = os.pread(fd, size, 0)
-    return decode_spec(data)
+    try:
+        return decode_spec(data)
+    finally:
+        kernel.wipe(data)
+
+
+def _forget(spec: LaunchSpec) -> None:
+    """The program has its secrets now; its init, which lives as long, keeps none."""
+    for secret in (*spec.argv, *(value for _, value in spec.env), *(f.content for f in spec.files)):
+        kernel.wipe(secret)
 
 
 def _send(report: int, frame: Frame) -> None:

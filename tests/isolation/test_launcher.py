@@ -23,7 +23,15 @@ from isolation_support import Box, children, needs_root, read, status
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, open_launcher
 from sandboxd.isolation.launcher import fork_launcher
-from sandboxd.isolation.wire import FRAME, Frame, Kind, LaunchSpec, encode_spec, sealed_memfd
+from sandboxd.isolation.wire import (
+    FRAME,
+    FileSpec,
+    Frame,
+    Kind,
+    LaunchSpec,
+    encode_spec,
+    sealed_memfd,
+)
 
 Outside = Callable[..., dict[str, Any]]
 StartLauncher = Callable[[str], socket.socket]
@@ -201,10 +209,16 @@ async def test_it_can_not_be_read_or_dumped(box: Box, outside: Outside) -> None:
 @needs_root
 async def test_its_memory_keeps_no_secret_of_a_launch(box: Box) -> None:
     secret = secrets.token_hex(16)
-    async with box.start("/bin/sleep", "60", env=[f"SECRET={secret}"]) as tool:
+    async with box.start(
+        "/bin/sleep",
+        "60",
+        env=[f"SECRET={secret}"],
+        files=(FileSpec("/run/secrets/S", secret.encode() * 9),),
+    ) as tool:
         program = children(tool.process.pid)[0]
         assert in_memory(program, secret.encode())  # the search finds what is there
-        assert not in_memory(box.launcher.pid, secret.encode())
+        for pid in (tool.process.pid, box.launcher.pid):
+            assert not in_memory(pid, secret.encode())
         async with box.start("/bin/sh", "-c", "echo ready; exec sleep 60") as later:
             await later.ready()
             for pid in (later.process.pid, children(later.process.pid)[0], box.launcher.pid):

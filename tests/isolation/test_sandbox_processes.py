@@ -175,6 +175,12 @@ async def end(box: Box, script: str) -> None:
     os.close(stdin)
 
 
+async def test_the_init_can_not_be_killed_or_stopped_from_inside(box: Box) -> None:
+    script = "kill -KILL 1; kill -STOP 1; kill -TERM 1; while :; do sleep 0.01; done"
+    exited = (await box.sh(f"trap 'exit 4' TERM; {script}")).exit
+    assert exited.code == 4  # the last one came back: the init passes signals on
+
+
 async def test_a_storm_of_orphans_leaves_no_zombie(box: Box) -> None:
     probe = """
 for _ in range(50):
