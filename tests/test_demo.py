@@ -452,7 +452,7 @@ def test_the_search_of_the_own_environment_finds_a_value(monkeypatch: pytest.Mon
     seen = subprocess.run(
         [sys.executable, "-c", agent, "--own-environment"],
         cwd=ROOT,
-        env={"TOKEN": value.decode()},
+        env={**os.environ, "TOKEN": value.decode()},
         capture_output=True,
         check=True,
     )
@@ -484,11 +484,13 @@ def test_the_search_of_host_paths_calls_every_file_that_is_there_a_breach(tmp_pa
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(listening))
         paths = (str(tmp_path / "store"), str(tmp_path), str(listening), str(tmp_path / "absent"))
-        outcome = probes.host_paths(probes.Plan(paths=paths, open_path=str(tmp_path / "open")))
-    loot = loot_of(outcome)
+        me = frozenset({os.getpid()})
+        plan = probes.Plan(paths=paths, open_path=str(tmp_path / "open"), only=me)
+        loot = loot_of(probes.host_paths(plan))
     assert value.decode() in loot
     assert f"opened {tmp_path}\n" in loot + "\n"
     assert f"{listening} is there" in loot
+    assert f"opened {tmp_path}/store through process {os.getpid()}" in loot
     assert "absent" not in loot
 
 

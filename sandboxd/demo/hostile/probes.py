@@ -173,6 +173,10 @@ def host_paths(plan: Plan) -> Outcome:
             hunt.read(path, fd)
         else:
             os.close(fd)
+    for pid in processes(plan.only):
+        for path in plan.paths:
+            if read_file(hunt, f"/proc/{pid}/root{path}", 1 << 20):
+                hunt.breach(f"opened {path} through process {pid}")
     read_file(hunt, plan.open_path)
     detail = f"none of {len(plan.paths)} is there"
     control = hunt.has(plan.open_value.encode())
