@@ -16,7 +16,7 @@ __all__ = ["HELD", "Bank", "open_bank"]
 
 #: The payee whose payment waits until the demo lets it through.
 HELD = "spied on"
-_PATIENCE = 30.0
+_PATIENCE = 60.0
 
 
 class Bank:

@@ -33,7 +33,7 @@ from sandboxd.errors import KernelError, Unavailable
 
 __all__ = ["run"]
 
-_AGENT_SECONDS = 60.0
+_AGENT_SECONDS = 120.0
 
 
 def run(stage: Stage) -> Result:

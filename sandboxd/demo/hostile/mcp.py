@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["Client"]
 
 _VERSION = "2025-06-18"
-_PATIENCE = 20.0
+_PATIENCE = 60.0
 
 
 class Client:
