@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets as random
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import trio
 
 from sandboxd.audit import JSON, AuditLog
+from sandboxd.broker import descriptors
 from sandboxd.broker.capture import Capture, Progress, Stream
 from sandboxd.broker.gate import Busy, Gate
 from sandboxd.broker.launch import Prepared, prepare
+from sandboxd.broker.result import CallResult, Outcome, result_of
 from sandboxd.errors import Denied, SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
-from sandboxd.isolation.wire import sealed_memfd
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.model import Agent, Config, SecretSpec, Tool
 from sandboxd.secret import Secret
@@ -36,8 +35,6 @@ from sandboxd.vault.vault import Sealed, Snapshot, Vault
 __all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
 
 log = logging.getLogger(__name__)
-
-Outcome = Literal["ok", "denied", "failed", "timeout", "cancelled", "overflow", "busy"]
 
 #: Seconds that output may still take once the tree is dead: more means that a descriptor escaped.
 _DRAIN = 2.0
@@ -70,22 +67,6 @@ class Bounds:
     per_session: int = 8
     queue: int = 64
     patience: float = 60.0
-
-
-@dataclass(frozen=True)
-class CallResult:
-    """How a call ended. ``stdout`` and ``stderr`` are redacted; ``message`` is for people."""
-
-    outcome: Outcome
-    call: str = ""
-    exit_code: int | None = None
-    signal: int | None = None
-    stdout: bytes = field(default=b"", repr=False)
-    stderr: bytes = field(default=b"", repr=False)
-    truncated: bool = False
-    message: str = ""
-    hint: str = ""
-    rule: str = ""
 
 
 @dataclass(eq=False)
@@ -310,7 +291,14 @@ class Calls:
                 f"its processes would not die in {_REAP:g} s",
                 hint="one hangs in the kernel (state D in ps); the operator must see to the host",
             )
-        return _result(live, decision, timed_out=ended.cancelled_caught)
+        return result_of(
+            live.id,
+            live.tool,
+            decision,
+            live.capture,
+            live.exit,
+            timed_out=ended.cancelled_caught,
+        )
 
     async def _unseal(
         self, chosen: Sequence[tuple[SecretSpec, Sealed]]
@@ -330,17 +318,17 @@ class Calls:
         """Start the program and stay with it until its tree is dead and its output read."""
         async with trio.open_nursery() as nursery:
             with contextlib.ExitStack() as given:
-                stdout, stdout_end = _pipe(given)
-                stderr, stderr_end = _pipe(given)
+                stdout, stdout_end = descriptors.output(given)
+                stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
                 nursery.start_soon(_read, capture, "stdout", stdout, readers[0])
                 nursery.start_soon(_read, capture, "stderr", stderr, readers[1])
                 process = await self._launcher.launch(
                     prepared.spec,
-                    stdin=_stdin(prepared, given),
+                    stdin=descriptors.standard_input(prepared, given),
                     stdout=stdout_end,
                     stderr=stderr_end,
-                    extra=[_memory(data, given) for data in prepared.descriptors],
+                    extra=[descriptors.memory(data, given) for data in prepared.descriptors],
                 )
             live.alive = True
             nursery.start_soon(capture.report)
@@ -424,63 +412,6 @@ async def _end(live: _Live, process: Process) -> None:
         live.alive = False
 
 
-def _result(live: _Live, decision: Decision, *, timed_out: bool) -> CallResult:
-    """What became of a call whose tree is dead."""
-    capture, end = live.capture, live.exit
-    assert capture is not None
-    assert end is not None
-    result = CallResult(
-        "ok",
-        live.id,
-        exit_code=end.code,
-        signal=end.signal,
-        stdout=capture.stdout,
-        stderr=capture.stderr,
-        truncated=capture.truncated,
-        rule=decision.rule,
-    )
-    if capture.overflowed:
-        return replace(
-            result,
-            outcome="overflow",
-            message=f"{live.tool} was ended: it printed more than {decision.output_limit:,} bytes",
-            hint="ask for less at once",
-        )
-    if timed_out:
-        return replace(
-            result,
-            outcome="timeout",
-            message=f"{live.tool} was ended after {decision.timeout:g} s",
-            hint="ask for less at once; the operator sets timeout in the tool's manifest",
-        )
-    if end.signal is not None:
-        name, hint = _signal(end.signal)
-        return replace(
-            result, outcome="failed", message=f"{live.tool} was killed by {name}", hint=hint
-        )
-    if end.code:
-        message = f"{live.tool} ended with status {end.code}"
-        return replace(result, outcome="failed", message=message)
-    if capture.truncated:
-        message = f"only the first {decision.output_limit:,} bytes of output were kept"
-        return replace(result, message=message)
-    return result
-
-
-def _signal(number: int) -> tuple[str, str]:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    hints = {
-        "SIGKILL": "it may have been over its memory limit",
-        "SIGXCPU": "it used up its CPU time limit",
-        "SIGXFSZ": "it wrote a file over its size limit",
-        "SIGSYS": "it made a system call that the sandbox forbids",
-    }
-    return name, hints.get(name, "")
-
-
 def _who(live: _Live) -> dict[str, Any]:
     session = live.session
     return {"agent": session.agent.slug, "session": session.id, "tool": live.tool, "call": live.id}
@@ -488,33 +419,6 @@ def _who(live: _Live) -> dict[str, Any]:
 
 def _new_id() -> str:
     return "c-" + random.token_hex(8)
-
-
-def _pipe(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
-    """A pipe: our end as a stream, the tool's end as a descriptor that ``given`` closes."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    given.callback(os.close, write)
-    stream = trio.lowlevel.FdStream(read)
-    # The tool runs as another user: let it open /dev/stdout, which opens the pipe anew (proc(5)).
-    os.fchmod(write, 0o666)
-    return stream, write
-
-
-def _stdin(prepared: Prepared, given: contextlib.ExitStack) -> int:
-    """What the tool reads: its bytes, or the end of file at once so that it can't hang."""
-    if prepared.stdin is not None:
-        return _memory(prepared.stdin, given)
-    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    given.callback(os.close, null)
-    return null
-
-
-def _memory(data: bytes, given: contextlib.ExitStack) -> int:
-    """An unnamed file of ``data``, positioned at its start: never on a disk, and no writer task."""
-    fd = sealed_memfd(data)
-    given.callback(os.close, fd)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _first(group: BaseExceptionGroup[Any]) -> Any:

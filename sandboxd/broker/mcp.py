@@ -26,8 +26,9 @@ from mcp.shared.exceptions import MCPError
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
 
 from sandboxd import __version__
-from sandboxd.broker.calls import CallResult, Calls, Session
+from sandboxd.broker.calls import Calls, Session
 from sandboxd.broker.jsonrpc import LineReader, Refused, error_reply, parse
+from sandboxd.broker.result import CallResult
 from sandboxd.errors import SandboxdError
 from sandboxd.names import shown
 from sandboxd.policy.model import Tool
@@ -248,7 +249,7 @@ class _Connection:
         key = coerce_request_id(message.id)
         if key in self._open:
             refused = Refused("a request with this id is open already", hint="use a new id")
-        elif len(self._open) >= _MAX_REQUESTS:
+        elif len(self._open) >= _MAX_REQUESTS and message.method != "ping":
             refused = Refused(
                 f"this connection has {_MAX_REQUESTS} requests open",
                 code=-32000,

@@ -12,8 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from sandboxd.audit import AuditLog
-from sandboxd.broker.calls import Bounds, CallResult, Calls
+from sandboxd.broker.calls import Bounds, Calls
 from sandboxd.broker.capture import Progress
+from sandboxd.broker.result import CallResult
 from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.uids import UidPool
 from sandboxd.paths import shipped

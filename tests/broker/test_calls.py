@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from broker_parts import AGENT, Broker
+from broker_parts import AGENT, ORDINARY_UID, Broker
 
-from sandboxd.broker.calls import Bounds, CallResult
+from sandboxd.broker.calls import Bounds
+from sandboxd.broker.result import CallResult
 from sandboxd.errors import KernelError, StoreError
 
 TOKEN = "hunter2-is-the-value"
@@ -190,6 +192,57 @@ async def test_a_background_process_can_not_hold_the_call(broker: Broker) -> Non
         result = await broker.run("(trap '' TERM HUP; setsid sleep 88002) & echo done")
     assert (result.outcome, result.stdout) == ("ok", b"done\n")
     assert alive("88002") == []
+
+
+async def test_a_descriptor_that_escaped_can_not_hold_the_call(broker: Broker) -> None:
+    workspace = broker.make_workspace()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(workspace / "s"))
+        if os.geteuid() == 0:
+            os.chown(workspace / "s", ORDINARY_UID, ORDINARY_UID)
+        listener.listen()
+        listener.settimeout(5)
+        broker.tool(
+            "escape",
+            program="program.py",
+            runtime="python",
+            argv=[],
+            workspace="rw",
+            beside={
+                "program.py": "import socket\n"
+                "s = socket.socket(socket.AF_UNIX)\n"
+                "s.connect('s')\n"
+                "socket.send_fds(s, [b'x'], [1])\n"
+                "print('passed on', flush=True)\n"
+            },
+        )
+        with trio.fail_after(15):
+            result = await broker.call("escape")
+        assert (result.outcome, result.stdout) == ("ok", b"passed on\n"), result.stderr
+        taken, _ = listener.accept()
+        with taken:
+            _, fds, _, _ = socket.recv_fds(taken, 1, 4)
+    with pytest.raises(BrokenPipeError):
+        os.write(fds[0], b"nobody reads this")
+    os.close(fds[0])
+
+
+async def test_a_launcher_that_dies_fails_the_call_and_every_later_one(broker: Broker) -> None:
+    broker.tool("long", "sleep 88012")
+    results: list[CallResult] = []
+
+    async def call() -> None:
+        results.append(await broker.call("long"))
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await running(broker)
+            broker.launcher._sock.shutdown(socket.SHUT_RDWR)
+        await call()
+    assert [result.outcome for result in results] == ["failed", "failed"]
+    assert all("the launcher is gone" in result.message for result in results)
+    assert broker.calls.running() == 0
 
 
 async def test_output_over_the_bound_is_cut_and_the_tool_may_finish(broker: Broker) -> None:

@@ -465,10 +465,12 @@ async def test_too_many_open_requests_are_refused_one_by_one(
     reply = await wire.receive()
     assert (reply["id"], reply["error"]["code"]) == (over, -32000)
     assert "32 requests" in reply["error"]["message"]
+    assert (await wire.ask("ping"))["result"] == {}
     await launched(broker)
     await wire.notify("notifications/cancelled", {"requestId": first})
-    await outcomes(broker)
-    assert (await wire.ask("ping"))["result"] == {}
+    with trio.fail_after(20):
+        while "error" in await wire.ask("tools/list"):  # until the cancelled call is over
+            pass
 
 
 async def test_a_client_that_reads_nothing_is_not_read_from_for_ever(

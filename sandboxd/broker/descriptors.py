@@ -1,0 +1,40 @@
+"""The descriptors that a tool starts with, and the broker's ends of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import trio
+
+from sandboxd.broker.launch import Prepared
+from sandboxd.isolation.wire import sealed_memfd
+
+__all__ = ["memory", "output", "standard_input"]
+
+
+def output(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
+    """A pipe: our end as a stream, the tool's end as a descriptor that ``given`` closes."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    given.callback(os.close, write)
+    stream = trio.lowlevel.FdStream(read)
+    # The tool runs as another user: let it open /dev/stdout, which opens the pipe anew (proc(5)).
+    os.fchmod(write, 0o666)
+    return stream, write
+
+
+def standard_input(prepared: Prepared, given: contextlib.ExitStack) -> int:
+    """What the tool reads: its bytes, or the end of file at once so that it can't hang."""
+    if prepared.stdin is not None:
+        return memory(prepared.stdin, given)
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    given.callback(os.close, null)
+    return null
+
+
+def memory(data: bytes, given: contextlib.ExitStack) -> int:
+    """An unnamed file of ``data``, positioned at its start: never on a disk, and no writer task."""
+    fd = sealed_memfd(data)
+    given.callback(os.close, fd)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd

@@ -1,0 +1,85 @@
+"""How a tool call ended, in terms that a client and a person understand."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sandboxd.broker.capture import Capture
+from sandboxd.isolation.client import Exit
+from sandboxd.policy.decide import Decision
+
+__all__ = ["CallResult", "Outcome", "result_of"]
+
+Outcome = Literal["ok", "denied", "failed", "timeout", "cancelled", "overflow", "busy"]
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """How a call ended. ``stdout`` and ``stderr`` are redacted; ``message`` is for people."""
+
+    outcome: Outcome
+    call: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    stdout: bytes = field(default=b"", repr=False)
+    stderr: bytes = field(default=b"", repr=False)
+    truncated: bool = False
+    message: str = ""
+    hint: str = ""
+    rule: str = ""
+
+
+def result_of(
+    call: str, tool: str, decision: Decision, capture: Capture, end: Exit, *, timed_out: bool
+) -> CallResult:
+    """What became of a call whose tree is dead and whose output was read."""
+    result = CallResult(
+        "ok",
+        call,
+        exit_code=end.code,
+        signal=end.signal,
+        stdout=capture.stdout,
+        stderr=capture.stderr,
+        truncated=capture.truncated,
+        rule=decision.rule,
+    )
+    if capture.overflowed:
+        return replace(
+            result,
+            outcome="overflow",
+            message=f"{tool} was ended: it printed more than {decision.output_limit:,} bytes",
+            hint="ask for less at once",
+        )
+    if timed_out:
+        return replace(
+            result,
+            outcome="timeout",
+            message=f"{tool} was ended after {decision.timeout:g} s",
+            hint="ask for less at once; the operator sets timeout in the tool's manifest",
+        )
+    if end.signal is not None:
+        name, hint = _signal(end.signal)
+        return replace(result, outcome="failed", message=f"{tool} was killed by {name}", hint=hint)
+    if end.code:
+        message = f"{tool} ended with status {end.code}"
+        return replace(result, outcome="failed", message=message)
+    if capture.truncated:
+        message = f"only the first {decision.output_limit:,} bytes of output were kept"
+        return replace(result, message=message)
+    return result
+
+
+def _signal(number: int) -> tuple[str, str]:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    hints = {
+        "SIGKILL": "it may have been over its memory limit",
+        "SIGXCPU": "it used up its CPU time limit",
+        "SIGXFSZ": "it wrote a file over its size limit",
+        "SIGSYS": "it made a system call that the sandbox forbids",
+    }
+    return name, hints.get(name, "")
