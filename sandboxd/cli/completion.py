@@ -235,7 +235,7 @@ _sandboxctl() {
         word=${kinds[n + 1]}
         case $word in
             "") ;;
-            =*) compadd -- ${=word#=} ;;
+            "="*) compadd -- ${=word#=} ;;
             files) _files ;;
             directories) _files -/ ;;
             *)

@@ -1,0 +1,138 @@
+"""Completion in the real shells, each asked the same questions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import Terminal
+
+if TYPE_CHECKING:
+    from conftest import Ctl
+
+#: A command line up to the cursor, some of what must be offered, some of what must not.
+CASES = [
+    ("sandboxctl ", {"status", "session", "env", "completion"}, {"__complete", "--json"}),
+    ("sandboxctl se", {"session"}, {"status"}),
+    ("sandboxctl --json ses", {"session"}, set()),
+    ("sandboxctl session ", {"start", "list", "show", "stop", "logs"}, {"status"}),
+    ("sandboxctl session stop --g", {"--grace"}, {"--json"}),
+    ("sandboxctl run ", {"sh", "other", "example"}, {"status"}),
+    ("sandboxctl run o", {"other"}, {"sh"}),
+    ("sandboxctl env list s", {"sh"}, {"other"}),
+    ("sandboxctl env remove sh COMPLETED_", {"COMPLETED_A", "COMPLETED_B"}, set()),
+    ("sandboxctl env remove sh COMPLETED_A COMPLETED_", {"COMPLETED_B"}, set()),
+    ("sandboxctl policy explain sh ht", {"http_request"}, {"shell"}),
+    ("sandboxctl completion ", {"bash", "zsh", "fish"}, set()),
+    ("sandboxctl run sh -- o", set(), {"other"}),
+]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``sandboxctl``."""
+    directory = tmp_path_factory.mktemp("bin")
+    script = directory / "sandboxctl"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m sandboxd.cli "$@"\n')
+    script.chmod(0o755)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def with_variables(daemon: Ctl) -> Ctl:
+    daemon("env", "set", "sh", "COMPLETED_A=1", "COMPLETED_B=2")
+    return daemon
+
+
+def said_by(environ: dict[str, str], *command: str) -> str:
+    done = subprocess.run(
+        command, env=environ, cwd=environ["HOME"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def bash(environ: dict[str, str], script: Path, line: str) -> set[str]:
+    words = line.split(" ")
+    code = (
+        f"source {script}; COMP_WORDS=({' '.join(map(repr, words))}); "
+        f'COMP_CWORD={len(words) - 1}; __sandboxctl; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    return set(said_by(environ, "bash", "--norc", "--noprofile", "-c", code).split())
+
+
+def fish(environ: dict[str, str], script: Path, line: str) -> set[str]:
+    code = f"source {script}; complete -C '{line}'"
+    said = said_by(environ, "fish", "--no-config", "-c", code)
+    return {row.partition("\t")[0] for row in said.splitlines()}
+
+
+def zsh(environ: dict[str, str], script: Path, line: str) -> set[str]:
+    # Its completion works in the line editor only: type the line and a tab, and read the screen.
+    screen = Terminal(["zsh", "-f", "-i"], {**environ, "TERM": "dumb"}, 60, 200)
+    for n, command in enumerate(
+        (
+            "PS1= RPS1=; unsetopt prompt_cr prompt_sp; setopt interactivecomments",
+            "autoload -Uz compinit && compinit -D -u",
+            f"source {script}",
+        )
+    ):
+        screen.send(f"{command}; echo ready$(({n} + 10))\n")
+        screen.expect(f"ready{n + 10}\r\n")
+    before = len(screen.all)
+    screen.send(f"{line}\t")
+    screen.send(" #\x01: \x05\necho done$((10 + 32))\n")  # what is there becomes an argument of :
+    screen.expect("done42\r\n")
+    screen.send("exit\n")
+    screen.wait()
+    return set(re.sub(r"\x1b\[[?0-9]*[a-z]|\x07", " ", screen.all[before:].decode()).split())
+
+
+@pytest.mark.parametrize(("line", "offered", "not_offered"), CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize("shell", [bash, zsh, fish], ids=lambda shell: shell.__name__)
+def test_a_shell_completes(
+    with_variables: Ctl,
+    programs: Path,
+    tmp_path: Path,
+    shell: Callable[[dict[str, str], Path, str], set[str]],
+    line: str,
+    offered: set[str],
+    not_offered: set[str],
+) -> None:
+    name = shell.__name__
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    script = tmp_path / f"completion.{name}"
+    script.write_text(with_variables("completion", name).stdout)
+    environ = {
+        **with_variables.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+    }
+
+    got = shell(environ, script, line)
+    assert offered <= got, got
+    assert not got & not_offered
+
+
+def test_without_a_daemon_names_are_empty_and_quiet(alone: Ctl) -> None:
+    for kind in ("agents", "tools", "sessions", "variables"):
+        done = alone("__complete", kind)
+        assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_names_of_everything_are_printed_one_a_line(with_variables: Ctl) -> None:
+    assert "sh" in with_variables("__complete", "agents").stdout.splitlines()
+    assert "shell" in with_variables("__complete", "tools").stdout.splitlines()
+    names = with_variables("__complete", "variables", "sh").stdout.splitlines()
+    assert {"COMPLETED_A", "COMPLETED_B"} <= set(names)
+    id = with_variables("session", "start", "sh", "--", "-c", "sleep 1000").stdout.strip()
+    assert id in with_variables("__complete", "sessions").stdout.splitlines()
+    with_variables("session", "stop", "--grace", "0", id)
