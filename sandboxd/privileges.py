@@ -60,11 +60,17 @@ def become(who: Identity) -> None:
         raise Unavailable(
             "the broker must not run as root", hint="name an ordinary user with --user"
         )
-    os.setgroups(who.groups)
-    os.setresgid(who.gid, who.gid, who.gid)
-    kernel.no_new_privileges()
-    kernel.drop_bounding_set()  # while CAP_SETPCAP is there; the other sets follow the uid
-    os.setresuid(who.uid, who.uid, who.uid)
+    try:
+        os.setgroups(who.groups)
+        os.setresgid(who.gid, who.gid, who.gid)
+        kernel.no_new_privileges()
+        kernel.drop_bounding_set()  # while CAP_SETPCAP is there; the other sets follow the uid
+        os.setresuid(who.uid, who.uid, who.uid)
+    except OSError as failure:
+        raise Unavailable(
+            f"root can't become {who.name} (uid {who.uid}) here: {failure.strerror}",
+            hint="a container needs that uid in its user namespace, and CAP_SETUID and CAP_SETGID",
+        ) from None
     kernel.drop_capabilities()
     harden()  # a change of uid makes the process dumpable as the host's suid_dumpable says
     if os.getresuid() != (who.uid,) * 3 or os.getresgid() != (who.gid,) * 3:
