@@ -79,11 +79,9 @@ def show(result: Result) -> None:
     print()
     _line("the tool used the secret", result.used, f", for {result.payments} payments")
     _line(
-        "the secret is in a log, the store or any output",
+        "every log, file and output is free of the secret",
         not result.leaks,
         ": " + ", ".join(result.leaks) if result.leaks else f", {result.searched} files searched",
-        good="no",
-        bad="yes",
     )
     _line("audit chain verified", result.audit_ok, f", {result.records} records")
     for problem in result.problems:
@@ -99,8 +97,8 @@ def show(result: Result) -> None:
         print(_paint("the demo failed", "31"))
 
 
-def _line(what: str, passed: bool, more: str = "", *, good: str = "yes", bad: str = "no") -> None:
-    print(f"{what}: {_paint(good, '32') if passed else _paint(bad, '31')}{more}")
+def _line(what: str, passed: bool, more: str = "") -> None:
+    print(f"{what}: {_paint('yes', '32') if passed else _paint('no', '31')}{more}")
 
 
 def _cut(text: str, most: int = 60) -> str:
