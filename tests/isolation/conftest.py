@@ -26,9 +26,10 @@ def outside() -> Callable[..., dict[str, Any]]:
 
     def run(code: str, **options: Any) -> dict[str, Any]:
         argv = [PYTHON, "-I", "-S", "-c", PRELUDE + code]
+        if options.get("user") == os.geteuid():
+            del options["user"]
         if "user" in options:
-            options.setdefault("group", options["user"])
-            options.setdefault("extra_groups", [])
+            options |= {"group": options["user"], "extra_groups": []}
         done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
         assert done.returncode == 0, done.stderr
         facts: dict[str, Any] = json.loads(done.stdout)

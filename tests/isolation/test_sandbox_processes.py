@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from isolation_support import Box, children
+from isolation_support import Box, children, status
 
 from sandboxd.errors import Invalid, KernelError
 from sandboxd.isolation.wire import FileSpec, Limits
@@ -247,14 +247,13 @@ class Tree:
     """Every process of a sandbox, held by pidfd from outside."""
 
     def __init__(self, init: int) -> None:
-        namespace = os.readlink(f"/proc/{init}/ns/pid_for_children")
-        self.pids = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    if os.readlink(entry / "ns/pid") == namespace:
+        # Whoever loses its parent becomes the init's child: the tree by parents is complete.
+        self.pids = [init]
+        for pid in self.pids:
+            for entry in Path("/proc").iterdir():
+                with suppress(OSError, StopIteration):
+                    if entry.name.isdigit() and status(int(entry.name), "PPid") == [str(pid)]:
                         self.pids.append(int(entry.name))
-        self.pids.sort()
         self._pidfds = {pid: os.pidfd_open(pid) for pid in self.pids}
 
     def alive(self) -> list[int]:
