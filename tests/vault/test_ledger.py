@@ -25,17 +25,14 @@ def path(in_memory: Path) -> Path:
     return in_memory / "store.sqlite"
 
 
-COLUMNS = {
-    table: [
-        row[1]
-        for db in [sqlite3.connect(":memory:")]
-        for statement in MIGRATIONS[0]
-        if f"CREATE TABLE {table} " in statement
-        for _ in [db.execute(statement)]
-        for row in db.execute(f"PRAGMA table_info({table})").fetchall()
-    ]
-    for table in ("header", "keys", "variables", "sessions")
-}
+def columns(table: str) -> list[str]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        for statement in MIGRATIONS[0]:
+            db.execute(statement)
+        return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+COLUMNS = {table: columns(table) for table in ("header", "keys", "variables")}
 
 
 @pytest.fixture(scope="module")
