@@ -16,6 +16,9 @@ from sandboxd.errors import ConfigError, Invalid, NotFound, Unavailable
 
 __all__ = ["add"]
 
+#: More than any value or sensible file of them: what is longer is a mistake, not read to its end.
+_MAX_INPUT = 8 << 20
+
 #: Most characters that a terminal delivers as one line (N_TTY_BUF_SIZE less its end, termios(3)).
 _TERMINAL_LINE = 4095
 
@@ -140,6 +143,7 @@ def list_(args: argparse.Namespace) -> int:
 
 
 def set_(args: argparse.Namespace) -> int:
+    _check_agent(args.agent)
     return _send(args, _values(args))
 
 
@@ -158,8 +162,8 @@ def remove(args: argparse.Namespace) -> int:
 def import_(args: argparse.Namespace) -> int:
     from sandboxd.cli import dotenv
 
-    data = sys.stdin.buffer.read() if args.file == "-" else _read(args.file)
     shown = "standard input" if args.file == "-" else args.file
+    data = _read(args.file, shown)
     entries, problems = dotenv.parse(data)
     if problems:
         errors = [ConfigError(f"{shown}:{p.line}: {p.message}") for p in problems]
@@ -204,6 +208,20 @@ class _Problems(Invalid):
         self.errors = errors
 
 
+def _check_agent(slug: str) -> None:
+    """Refuse what is no slug without repeating it: the agent may have been forgotten."""
+    from sandboxd.names import agent_slug
+
+    try:
+        agent_slug(slug)
+    except Invalid as error:
+        forgotten = "=" in slug
+        raise Invalid(
+            "the first argument is the agent's slug, and this is none",
+            hint="sandboxctl env set AGENT NAME=VALUE" if forgotten else error.hint,
+        ) from None
+
+
 def _values(args: argparse.Namespace) -> dict[str, bytes]:
     """What to set, from arguments, a pipe, a file or the prompt. Raises Invalid, quoting none."""
     items: list[str] = args.items
@@ -212,7 +230,7 @@ def _values(args: argparse.Namespace) -> dict[str, bytes]:
         if len(items) != 1 or "=" in items[0]:
             raise Invalid(f"{option} takes exactly one NAME, without a value")
         name = _name(items[0], "the name")
-        data = sys.stdin.buffer.read() if args.stdin else _read(args.file)
+        data = _read("-" if args.stdin else args.file, "the file that --file names")
         return {name: _one_value(name, data, option, args.keep_newline)}
     if len(items) == 1 and "=" not in items[0]:
         return {(name := _name(items[0], "the name")): _checked(name, _ask(name))}
@@ -288,13 +306,21 @@ def _ask(name: str) -> bytes:
     return os.fsencode(value)
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, shown: str) -> bytes:
+    """The content of a file, or of standard input for ``-``; errors call it ``shown``."""
     try:
-        return Path(path).read_bytes()
+        if path == "-":
+            data = sys.stdin.buffer.read(_MAX_INPUT + 1)
+        else:
+            with Path(path).open("rb") as file:
+                data = file.read(_MAX_INPUT + 1)
     except FileNotFoundError:
-        raise NotFound(f"there is no file {path}") from None
+        raise NotFound(f"{shown} does not exist") from None
     except OSError as error:
-        raise Invalid(f"can't read {path}: {error.strerror}") from None
+        raise Invalid(f"can't read {shown}: {error.strerror}") from None
+    if len(data) > _MAX_INPUT:
+        raise Invalid(f"{shown} is longer than {_MAX_INPUT:,} bytes")
+    return data
 
 
 def _send(args: argparse.Namespace, values: dict[str, bytes]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 
 from sandboxd.cli.daemon import paths
 from sandboxd.cli.parser import Commands, command
@@ -69,7 +68,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    return int(importlib.import_module("sandboxd.demo").main(args))
+    from sandboxd.demo import main
+
+    return main(args)
 
 
 def install(args: argparse.Namespace) -> int:

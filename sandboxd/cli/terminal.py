@@ -108,13 +108,20 @@ def copy(
 
 @contextmanager
 def signals(numbers: Sequence[signal.Signals]) -> Iterator[int]:
-    """Catch these signals; yields a descriptor that brings their numbers, one byte each."""
+    """Catch these signals; yields a descriptor that brings their numbers, one byte each.
+
+    What was ignored when this process started (nohup, a shell's background job) stays ignored.
+    """
     reading, writing = socket.socketpair()
     with reading, writing:
         reading.setblocking(False)
         writing.setblocking(False)
         before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in numbers
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield reading.fileno()
         finally:

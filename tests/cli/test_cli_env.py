@@ -119,6 +119,13 @@ def test_a_refusal_says_why_and_repeats_no_value(
     assert "hunter2" not in done.stdout + done.stderr
 
 
+def test_a_forgotten_agent_does_not_put_the_value_in_a_message(alone: Ctl) -> None:
+    for args in ([f"A={SECRET}", "B=2"], [SECRET.upper(), "A", SECRET], [f"A={SECRET}"]):
+        done = alone("env", "set", *args, status=2)
+        assert "hint: " in done.stderr
+        assert "hunter2" not in (done.stdout + done.stderr).lower()
+
+
 def test_an_import_with_mistakes_lists_them_all_and_sets_nothing(
     daemon: Ctl, tmp_path: Path
 ) -> None:
@@ -156,8 +163,10 @@ def test_what_is_missing_is_not_found(daemon: Ctl, tmp_path: Path) -> None:
     assert "no agent 'nobody'" in daemon("env", "list", "nobody", status=3).stderr
     assert "no agent 'nobody'" in daemon("env", "set", "nobody", "A=1", status=3).stderr
     gone = tmp_path / "gone"
-    assert "there is no file" in daemon("env", "import", "sh", str(gone), status=3).stderr
+    assert f"{gone} does not exist" in daemon("env", "import", "sh", str(gone), status=3).stderr
     assert "can't read" in daemon("env", "set", "sh", "A", "--file", "/", status=2).stderr
+    endless = daemon("env", "set", "sh", "A", "--file", "/dev/zero", status=2)
+    assert "is longer than 8,388,608 bytes" in endless.stderr
 
 
 def test_nothing_ever_prints_a_value(daemon: Ctl) -> None:

@@ -84,6 +84,20 @@ def test_a_signal_is_passed_on(daemon: Ctl, name: str) -> None:
     assert (out, process.returncode) == (f"got {name}\n".encode(), 9)
 
 
+def test_a_signal_that_was_ignored_from_the_start_stays_so(daemon: Ctl) -> None:
+    script = "trap 'echo got HUP' HUP; trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done"
+    process = daemon.start(
+        *("run", "sh", "--", "-c", script),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert (out, process.returncode) == (b"", 9)
+
+
 def test_a_killed_run_takes_its_session_along(daemon: Ctl) -> None:
     process = daemon.start("run", "sh", "--", "-c", "echo ready; sleep 1000")
     assert process.stdout is not None
@@ -145,7 +159,10 @@ def test_with_t_the_agent_has_a_terminal_of_the_same_size(daemon: Ctl) -> None:
 
 
 def test_keys_go_to_the_agent_and_the_terminal_is_put_back(daemon: Ctl) -> None:
-    script = "trap 'echo interrupted' INT; echo ready; read x; read x; cat; echo \"<$x>\"; exit 6"
+    script = (
+        "trap 'echo interrupted' INT; x=; echo ready;"
+        'while [ -z "$x" ]; do read x; done; cat; echo "<$x>"; exit 6'
+    )
     screen = daemon.on_terminal("run", "-t", "sh", "--", "-c", script)
     before = screen.attributes()
     assert before[3] & termios.ICANON

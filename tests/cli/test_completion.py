@@ -59,23 +59,28 @@ def said_by(environ: dict[str, str], *command: str) -> str:
     return done.stdout
 
 
-def bash(environ: dict[str, str], script: Path, line: str) -> set[str]:
-    words = line.split(" ")
-    code = (
-        f"source {script}; COMP_WORDS=({' '.join(map(repr, words))}); "
-        f'COMP_CWORD={len(words) - 1}; __sandboxctl; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    )
-    return set(said_by(environ, "bash", "--norc", "--noprofile", "-c", code).split())
+def bash(environ: dict[str, str], script: Path, lines: list[str]) -> list[set[str]]:
+    code = f"source {script}\n"
+    for line in lines:
+        words = line.split(" ")
+        code += (
+            f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}\n"
+            '__sandboxctl; echo "${COMPREPLY[*]}"\n'
+        )
+    said = said_by(environ, "bash", "--norc", "--noprofile", "-c", code)
+    return [set(row.split()) for row in said.splitlines()]
 
 
-def fish(environ: dict[str, str], script: Path, line: str) -> set[str]:
-    code = f"source {script}; complete -C '{line}'"
+def fish(environ: dict[str, str], script: Path, lines: list[str]) -> list[set[str]]:
+    code = f"source {script}\n" + "".join(f"complete -C '{line}'; echo ==\n" for line in lines)
     said = said_by(environ, "fish", "--no-config", "-c", code)
-    return {row.partition("\t")[0] for row in said.splitlines()}
+    return [
+        {row.partition("\t")[0] for row in part.splitlines()} for part in said.split("==\n")[:-1]
+    ]
 
 
-def zsh(environ: dict[str, str], script: Path, line: str) -> set[str]:
-    # Its completion works in the line editor only: type the line and a tab, and read the screen.
+def zsh(environ: dict[str, str], script: Path, lines: list[str]) -> list[set[str]]:
+    # Its completion works in the line editor only: type a line and a tab, and read the screen.
     screen = Terminal(["zsh", "-f", "-i"], {**environ, "TERM": "dumb"}, 60, 200)
     for n, command in enumerate(
         (
@@ -86,25 +91,26 @@ def zsh(environ: dict[str, str], script: Path, line: str) -> set[str]:
     ):
         screen.send(f"{command}; echo ready$(({n} + 10))\n")
         screen.expect(f"ready{n + 10}\r\n")
-    before = len(screen.all)
-    screen.send(f"{line}\t")
-    screen.send(" #\x01: \x05\necho done$((10 + 32))\n")  # what is there becomes an argument of :
-    screen.expect("done42\r\n")
+    found = []
+    for n, line in enumerate(lines):
+        before = len(screen.all)
+        screen.send(f"{line}\t")
+        # The line becomes an argument of ":", so that it is not run.
+        screen.send(f" #\x01: \x05\necho done$(({n} + 1000))\n")
+        screen.expect(f"done{n + 1000}\r\n")
+        text = screen.all[before:].decode()
+        found.append(set(re.sub(r"\x1b\[[?0-9]*[a-z]|\x07", " ", text).split()))
     screen.send("exit\n")
     screen.wait()
-    return set(re.sub(r"\x1b\[[?0-9]*[a-z]|\x07", " ", screen.all[before:].decode()).split())
+    return found
 
 
-@pytest.mark.parametrize(("line", "offered", "not_offered"), CASES, ids=[c[0] for c in CASES])
-@pytest.mark.parametrize("shell", [bash, zsh, fish], ids=lambda shell: shell.__name__)
+@pytest.mark.parametrize("shell", [bash, fish, zsh], ids=lambda shell: shell.__name__)
 def test_a_shell_completes(
     with_variables: Ctl,
     programs: Path,
     tmp_path: Path,
-    shell: Callable[[dict[str, str], Path, str], set[str]],
-    line: str,
-    offered: set[str],
-    not_offered: set[str],
+    shell: Callable[[dict[str, str], Path, list[str]], list[set[str]]],
 ) -> None:
     name = shell.__name__
     if shutil.which(name) is None:
@@ -116,10 +122,10 @@ def test_a_shell_completes(
         "PATH": f"{programs}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
     }
-
-    got = shell(environ, script, line)
-    assert offered <= got, got
-    assert not got & not_offered
+    answers = shell(environ, script, [line for line, _, _ in CASES])
+    for (line, offered, not_offered), got in zip(CASES, answers, strict=True):
+        assert offered <= got, line
+        assert not got & not_offered, line
 
 
 def test_without_a_daemon_names_are_empty_and_quiet(alone: Ctl) -> None:

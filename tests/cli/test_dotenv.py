@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandboxd.cli.dotenv import parse
@@ -112,12 +112,14 @@ def test_no_mistake_quotes_what_may_be_a_secret(text: str) -> None:
     assert "c2VjcmV0" not in repr(found)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 def test_what_is_quoted_for_double_quotes_comes_back(value: str) -> None:
     quoted = value.replace("\\", "\\\\").replace('"', '\\"').replace("\r", "\\r")
     assert values(f'A="{quoted}"') == {"A": value.encode()}
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.binary())
 def test_any_bytes_are_read_or_refused_without_an_exception(data: bytes) -> None:
     entries, _ = parse(data)
