@@ -4,6 +4,7 @@ directory, a low limit. Nothing is faked but what only other machines have."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,12 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from public_copy import PROJECT, public_copy
 
 from sandboxd import doctor
 from sandboxd.doctor import probes
 from sandboxd.paths import Paths
 
-PROJECT = Path(__file__).parents[1]
 ORDER = [
     "kernel", "a sandbox", "user namespaces", "namespaces", "mounts", "/proc", "idmapped mounts",
     "Landlock", "seccomp filters", "openat2", "pidfd", "SO_PEERPIDFD", "clone3", "cgroups",
@@ -76,15 +77,16 @@ def examine(
     if user:
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", *command]
     script = f"set -e\n{before}\nexec {shlex.join(command)}"
-    done = subprocess.run(
-        [*wrap, "/bin/sh", "-c", script],
-        cwd=PROJECT,
-        env={"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "PYTHONPATH": str(PROJECT),
-             "PYTHONDONTWRITEBYTECODE": "1", **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
+    with public_copy() if user else contextlib.nullcontext(PROJECT) as project:
+        done = subprocess.run(
+            [*wrap, "/bin/sh", "-c", script],
+            cwd=project,
+            env={"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "PYTHONPATH": str(project),
+                 "PYTHONDONTWRITEBYTECODE": "1", **environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )  # fmt: skip
     return Findings(done)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from public_copy import public_copy
 
 from sandboxd import host
 from sandboxd.errors import Denied, Invalid, NotFound, SandboxdError
@@ -221,13 +222,12 @@ except SandboxdError as error:
     print(error, error.hint, sep="\\n", file=sys.stderr)
     sys.exit(error.exit_code)
 """
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as top:
-        Path(top).chmod(0o755)
-        bindir = programs(Path(top) / "bin")
+    with public_copy() as top:
+        bindir = programs(top / "bin")
         return subprocess.run(
             ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
              "/usr/bin/python3", "-B", "-c", code, str(bindir), *words],
-            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+            cwd=top, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
 

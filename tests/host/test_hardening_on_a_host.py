@@ -80,6 +80,7 @@ SETTINGS, CAPABILITIES = settings()
 def prepared(host):
     host.run("useradd", "--system", "sandboxd")
     host.write("/opt/program.py", PROGRAM)
+    host.run("install", "-d", "-o", "sandboxd", "-m", "0700", "/var/lib/sandboxd")
     host.run("install", "-d", "-o", "1234", "-g", "1234", "-m", "0700", "/srv/closed")
     host.run("install", "-d", "-o", "1234", "-g", "1234", "-m", "0700", "/srv/closed/workspace")
     return host
