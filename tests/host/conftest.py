@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -141,6 +141,12 @@ def host(image: Path) -> Iterator[Host]:
     """The image, booted."""
     with boot(image) as host:
         yield host
+
+
+@pytest.fixture(scope="session")
+def boot_host() -> Callable[..., contextlib.AbstractContextManager[Host]]:
+    """:func:`boot`, for a test that boots by itself."""
+    return boot
 
 
 @contextlib.contextmanager

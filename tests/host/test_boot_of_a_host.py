@@ -6,19 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import boot
 
 pytestmark = pytest.mark.host
 
 
 @pytest.mark.parametrize("cgroups", ["as here", "unified"])
-def test_an_enabled_daemon_is_there_after_every_boot(image, cgroups: str) -> None:
-    with boot(image, cgroups=cgroups) as host:
+def test_an_enabled_daemon_is_there_after_every_boot(image, boot_host, cgroups: str) -> None:
+    with boot_host(image, cgroups=cgroups) as host:
         host.run("sandboxctl", "install", "--enable")
         host.run("sandboxctl", "init", check=False)  # there already at the second round
         host.run("systemctl", "start", "sandboxd")
         host.run("sandboxctl", "run", "example", "--", "-c", "echo first > /workspace/f")
-    with boot(image, cgroups=cgroups) as host:
+    with boot_host(image, cgroups=cgroups) as host:
         assert host.property("sandboxd.service", "ActiveState") == "active"
         assert host.property("sandboxd.socket", "ActiveState") == "active"
         done = host.run("sandboxctl", "run", "example", "--", "-c", "cat /workspace/f")
