@@ -162,7 +162,6 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
     launcher, range_ = daemon.launcher, daemon.config.settings.uid_range
     uids = UidPool(privileged=launcher.privileged, first=range_.first, count=range_.count)
     daemon.calls = Calls(
-        config=lambda: daemon.config,
         vault=daemon.vault,
         audit=daemon.audit,
         launcher=launcher,
@@ -246,7 +245,10 @@ async def _watchdog(service: Service) -> None:
 
 def _load(paths: Paths) -> Config:
     return load_config(
-        paths.config, shipped_policies=shipped("policies"), shipped_tools=shipped("tools")
+        paths.config,
+        shipped_policies=shipped("policies"),
+        shipped_tools=shipped("tools"),
+        private={"the daemon's state": paths.state, "the daemon's sockets": paths.runtime},
     )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets as random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +24,12 @@ from sandboxd.broker.capture import Capture, Progress, Stream
 from sandboxd.broker.gate import Busy, Gate
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.result import CallResult, Outcome, result_of
-from sandboxd.errors import Denied, SandboxdError, StoreError, Unavailable
+from sandboxd.errors import Denied, KernelError, SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.model import Agent, Config, SecretSpec, Tool
+from sandboxd.policy.toolcheck import check_program
 from sandboxd.secret import Secret
 from sandboxd.vault.vault import Sealed, Snapshot, Vault
 
@@ -49,6 +50,11 @@ class Session(Protocol):
 
     @property
     def id(self) -> str: ...
+    @property
+    def config(self) -> Config:
+        """The configuration in force when the session started: a reload changes nothing for it."""
+        ...
+
     @property
     def agent(self) -> Agent: ...
     @property
@@ -87,24 +93,20 @@ class _Live:
 
 
 class Calls:
-    """Every tool call of every session of one daemon.
-
-    Without ``bounds``, the configuration's ``max_concurrent_calls`` as of now is the total.
-    """
+    """Every tool call of every session of one daemon."""
 
     def __init__(
         self,
         *,
-        config: Callable[[], Config],
         vault: Vault,
         audit: AuditLog,
         launcher: Launcher,
         uids: UidPool,
         bounds: Bounds | None = None,
     ) -> None:
-        self._config, self._vault, self._audit = config, vault, audit
+        self._vault, self._audit = vault, audit
         self._launcher, self._uids = launcher, uids
-        bounds = bounds or Bounds(total=int(config().settings.max_concurrent_calls))
+        bounds = bounds or Bounds()
         self._gate = Gate(
             total=bounds.total,
             per_session=bounds.per_session,
@@ -116,7 +118,7 @@ class Calls:
 
     def tools(self, session: Session) -> list[Tool]:
         """The tools that this session may see, in the order of its agent's file."""
-        known = self._config().tools
+        known = session.config.tools
         return [known[name] for name in session.agent.tools if name in known]
 
     def running(self, session_id: str | None = None) -> int:
@@ -182,7 +184,7 @@ class Calls:
     ) -> CallResult:
         """Decide and record; what was allowed and recorded goes on to run."""
         session = live.session
-        decision = decide(self._config(), session.agent, live.tool, arguments)
+        decision = decide(session.config, session.agent, live.tool, arguments)
         chosen, missing = _choose(decision, session.snapshot)
         verdict, reason = decision.verdict, decision.reason
         if verdict == "allow" and missing:
@@ -233,8 +235,13 @@ class Calls:
         except* SandboxdError as group:
             error = _first(group)
             outcome: Outcome = "denied" if isinstance(error, Denied) else "failed"
-            message = f"{live.tool} could not run: {error.message}"
-            result = CallResult(outcome, live.id, message=message, hint=error.hint)
+            reason, hint = error.message, error.hint
+            if isinstance(error, KernelError):
+                # The path is the host's, which an agent need not know; the operator must.
+                log.error("call %s failed: %s", live.id, error.message)
+                reason, hint = KernelError(error.syscall, error.errno).message, ""
+            message = f"{live.tool} could not run: {reason}"
+            result = CallResult(outcome, live.id, message=message, hint=hint)
         except* OSError as group:  # of our own pipes and files: says nothing of the tool's
             reason = _first(group).strerror or "an operating system error"
             log.error("call %s failed: %s", live.id, reason)
@@ -266,6 +273,9 @@ class Calls:
         progress: Progress | None,
     ) -> CallResult:
         """Unseal, launch, read to the end. The uid is free again once nothing runs as it."""
+        tool = decision.tool
+        assert tool is not None  # an allowed decision has one
+        await trio.to_thread.run_sync(check_program, tool)
         unsealed = await self._unseal(chosen)
         uid = self._uids.acquire()
         try:
@@ -273,11 +283,10 @@ class Calls:
                 decision, unsealed, call=live.id, uid=uid, workspace=live.session.workspace
             )
             ended = trio.CancelScope()
-            kill = decision.tool is not None and decision.tool.on_overflow == "kill"
             live.capture = Capture(
                 {spec.variable: secret for spec, secret in unsealed},
                 limit=decision.output_limit,
-                kill=kill,
+                kill=tool.on_overflow == "kill",
                 on_overflow=ended.cancel,
                 progress=progress,
             )

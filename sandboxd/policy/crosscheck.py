@@ -217,6 +217,7 @@ def _check_reach(
 
 def _own(loaded: Loaded, directory: Path) -> Iterator[tuple[str, Path]]:
     yield "the configuration", directory
+    yield from loaded.private.items()
     key = loaded.settings.key
     for path in (key.file, key.passphrase_file) if key else ():
         if path is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -42,19 +42,30 @@ class Loaded:
     agents: dict[str, tuple[Agent, Document]] = field(default_factory=dict)
     tools: dict[str, tuple[Tool, Document]] = field(default_factory=dict)
     policies: dict[str, Written] = field(default_factory=dict)
+    private: dict[str, Path] = field(default_factory=dict)
     #: Names whose files are there and wrong: already reported, so not "missing" as well.
     broken: dict[str, set[str]] = field(
         default_factory=lambda: {"agents": set(), "tools": set(), "policies": set()}
     )
 
 
-def load_config(directory: Path, *, shipped_policies: Path, shipped_tools: Path) -> Config:
+def load_config(
+    directory: Path,
+    *,
+    shipped_policies: Path,
+    shipped_tools: Path,
+    private: Mapping[str, Path] = MappingProxyType({}),
+) -> Config:
     """The whole configuration, checked across files.
+
+    ``private`` are more directories, by what they are, that no sandbox may show.
 
     Raises :class:`~sandboxd.policy.ConfigErrors` with every problem of every file, each with
     file, line and column.
     """
-    return _Loader(directory, shipped_policies, shipped_tools).load()
+    loader = _Loader(directory, shipped_policies, shipped_tools)
+    loader.loaded.private.update(private)
+    return loader.load()
 
 
 def load_settings(directory: Path) -> Settings:

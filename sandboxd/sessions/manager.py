@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,24 +217,26 @@ class Manager:
     ) -> None:
         """Own one session. An error before started() is the caller's; later ones are logged."""
         started = False
+
+        def running(fds: tuple[int, ...]) -> None:
+            nonlocal started
+            started = True
+            task_status.started(fds)
+
         try:
-            async with AsyncExitStack() as undo:
+            with ExitStack() as undo:
                 undo.callback(self._forget, session)
                 session.workspace = self._workspace(session)
                 session.directory.mkdir(mode=0o700, parents=True)
                 undo.callback(shutil.rmtree, session.directory, ignore_errors=True)
-                serving = await undo.enter_async_context(trio.open_nursery())
-                undo.callback(serving.cancel_scope.cancel)
-                await serving.start(partial(self._serve, session))
                 await self._note_start(session)
                 try:
-                    fds = await self._launch(session, request, serving)
+                    await self._live_through(session, request, running)
                 except BaseException as failure:
-                    await self._note_end(session, _failed_start(failure))
+                    session.ending = session.ending or _failed_start(failure)
                     raise
-                started = True
-                task_status.started(fds)
-                await self._until_end(session)
+                finally:
+                    await self._note_end(session)
         except Exception as failure:
             if not started:
                 raise
@@ -242,6 +244,16 @@ class Manager:
             _log.error("session %s: %s", session.id, _name(failure))
         finally:
             session.ended.set()
+
+    async def _live_through(
+        self, session: Session, request: Request, running: Callable[[tuple[int, ...]], None]
+    ) -> None:
+        """Serve the broker socket while the agent's process lives; its calls end with it."""
+        async with trio.open_nursery() as serving:
+            await serving.start(partial(self._serve, session))
+            running(await self._launch(session, request, serving))
+            await self._until_end(session)
+            serving.cancel_scope.cancel()
 
     async def _launch(
         self, session: Session, request: Request, serving: trio.Nursery
@@ -277,12 +289,11 @@ class Manager:
         process = session.process
         assert process is not None
         try:
-            ending = await _ending_of(process, session)
+            session.ending = await _ending_of(process, session)
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
                 await process.kill()
-                ending = await _ending_of(process, session)
-                await self._note_end(session, ending)
+                session.ending = await _ending_of(process, session)
             raise
         recorder = self._recorders.get(session.id)
         if recorder is not None:
@@ -290,7 +301,6 @@ class Manager:
                 while not recorder.done:
                     async with recorder.changed:
                         await recorder.changed.wait()
-        await self._note_end(session, ending)
 
     async def _note_start(self, session: Session) -> None:
         await self._audit.append(
@@ -307,8 +317,9 @@ class Manager:
         )
         await self._keep(session, "starting")
 
-    async def _note_end(self, session: Session, ending: Ending) -> None:
-        session.ending = ending
+    async def _note_end(self, session: Session) -> None:
+        ending = session.ending
+        assert ending is not None
         with trio.CancelScope(shield=True):
             try:
                 await self._audit.append(
@@ -368,6 +379,8 @@ async def _ending_of(process: Process, session: Session) -> Ending:
 
 
 def _failed_start(failure: BaseException) -> Ending:
+    if isinstance(failure, BaseExceptionGroup):
+        failure = _single(failure)
     if isinstance(failure, KernelError):
         return Ending(None, None, f"failed to start: {failure.message}")
     return Ending(None, None, f"failed to start: {_name(failure)}")

@@ -32,6 +32,7 @@ class StandIn:
     """A session as the broker sees one."""
 
     id: str
+    config: Config
     agent: Agent
     snapshot: Snapshot
     workspace: Path | None
@@ -61,7 +62,6 @@ class Broker:
         self.agent_more: dict[str, Any] = {}
         self._config: Config | None = None
         self.calls = Calls(
-            config=lambda: self.config,
             vault=self.vault,
             audit=self.audit,
             launcher=launcher,
@@ -129,6 +129,7 @@ class Broker:
     def session(self, id: str = "s-0000000000000001") -> StandIn:
         return StandIn(
             id=id,
+            config=self.config,
             agent=self.config.agents[AGENT],
             snapshot=self.vault.snapshot(AGENT),
             workspace=self.workspace,
