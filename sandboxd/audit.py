@@ -165,6 +165,11 @@ class AuditLog:
             self._raise_failure()
         return seq
 
+    @property
+    def last(self) -> int:
+        """The number of the newest record that is on disk."""
+        return self._durable.seq
+
     def tail(self, n: int) -> list[dict[str, Any]]:
         """The last ``n`` records, oldest first. Any thread may call it. Raises StoreError."""
         start = self._durable.size

@@ -125,18 +125,17 @@ class Methods:
     # -- audit and policy ---------------------------------------------------------------------
 
     async def audit_tail(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        count = bounded(params, "n", 20, most=100_000)
         audit = self._daemon.audit
-        last = 0
-        for record in await thread(audit.tail, count):
-            last = max(last, record["seq"])
-            yield record
-        while params.get("follow"):
-            await trio.sleep(0.2)
-            for record in await thread(audit.tail, 1000):
-                if record["seq"] > last:
-                    last = record["seq"]
+        count = bounded(params, "n", 20, least=0, most=100_000)
+        seen = max(0, audit.last - count)
+        while True:
+            for record in await thread(audit.tail, audit.last - seen):
+                if record["seq"] > seen:
+                    seen = record["seq"]
                     yield record
+            if not params.get("follow"):
+                return
+            await trio.sleep(0.2)
 
     async def audit_verify(self, caller: Caller, params: dict[str, Any]) -> Reply:
         report = await thread(self._daemon.audit.verify)

@@ -52,12 +52,14 @@ def strings(params: dict[str, Any], name: str) -> list[str]:
     return values
 
 
-def bounded(params: dict[str, Any], name: str, default: int, *, most: int = 10_000) -> int:
+def bounded(
+    params: dict[str, Any], name: str, default: int, *, least: int = 1, most: int = 10_000
+) -> int:
     value = params.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise Invalid(f"parameter {name} must be a whole number from 1 to {most:,}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise Invalid(f"parameter {name} must be a whole number from {least} to {most:,}")
     return value
 
 

@@ -138,6 +138,7 @@ class SessionMethods:
                 "state": "ended",
                 "exit_code": ending.code,
                 "exit_signal": ending.signal,
+                "reason": ending.reason,
             }
         )
 

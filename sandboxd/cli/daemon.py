@@ -27,6 +27,14 @@ def connect(args: argparse.Namespace) -> AdminClient:
     chosen = paths(args)
     named = args.runtime or os.environ.get("SANDBOXD_RUNTIME")
     system = Paths(chosen.config, chosen.state, _SYSTEM_RUNTIME)
-    if not named and not chosen.admin_socket.exists() and system.admin_socket.exists():
+    if not named and not _exists(chosen.admin_socket) and _exists(system.admin_socket):
         return AdminClient.connect(system)
     return AdminClient.connect(chosen)
+
+
+def _exists(path: Path) -> bool:
+    """Whether it is there; what lies in a directory closed to us is not, for us."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

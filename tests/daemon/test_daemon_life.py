@@ -226,3 +226,17 @@ def test_when_the_audit_log_cannot_be_written_nothing_runs(configured: RealDaemo
         configured.call("session.start", agent="worker")
     assert caught.value.code == "store"
     assert not ran.exists()
+
+
+def test_following_the_audit_log_misses_no_record(configured: RealDaemon) -> None:
+    configured.agent("quick", "true")
+    configured.start()
+    with configured.client() as client:
+        records = client.stream("audit.tail", n=1, follow=True)
+        first = next(records)["seq"]
+        for _ in range(5):
+            configured.run("quick")
+        followed = [next(records)["seq"] for _ in range(10)]
+    assert followed == list(range(first + 1, first + 11))
+    with configured.client() as client:
+        assert list(client.stream("audit.tail", n=0, follow=False)) == []
