@@ -92,7 +92,6 @@ def _run(sock: socket.socket) -> NoReturn:
         kernel.set_title(kernel.argument_area(), "sandboxd-launcher")
         privileged = _make_namespaces()
         if os.fork() == 0:
-            kernel.set_dumpable(False)
             serve(sock, privileged=privileged)
         code = 0
     except KernelError as failure:

@@ -60,6 +60,22 @@ async def test_a_program_is_an_ordinary_user_without_capabilities(
     assert control["caps"][3] != ["0" * 16]  # the bounding set of anybody on the host
 
 
+@needs_root
+async def test_the_launchers_supplementary_groups_are_left_behind(
+    start_launcher: StartLauncher, outside: Outside
+) -> None:
+    probe = "tell(groups=status('Groups'))"
+    own = os.getgroups()
+    os.setgroups([4, 24])
+    try:
+        assert outside(probe) == {"groups": ["4", "24"]}
+        sock = start_launcher("root")
+    finally:
+        os.setgroups(own)
+    async with open_launcher(sock) as launcher:
+        assert await Box(launcher).probe(probe) == {"groups": []}
+
+
 async def test_the_host_sees_the_uid_that_the_launch_named(box: Box) -> None:
     uid = box.uid()
     async with box.start("/bin/sleep", "60", uid=uid) as running:

@@ -264,6 +264,7 @@ async def fill_descriptors(box: Box) -> None:
         resource.prlimit(box.launcher.pid, resource.RLIMIT_NOFILE, (4096, 4096))
         assert (await box.run("/bin/true")).exit.code == 0
         assert not alive.process._ended.is_set()
+        assert len(os.listdir(f"/proc/{box.launcher.pid}/fd")) == held
 
 
 # ---- what it is told
@@ -327,6 +328,14 @@ def test_malformed_frames_do_not_end_it(raw: Raw) -> None:
         raw.send(Frame(Kind.SIGNAL, 1, signum).pack())
     raw.launch(5, spec())
     assert [raw.receive().kind, raw.receive().kind] == [Kind.STARTED, Kind.EXITED]
+
+
+def test_a_frame_with_something_after_it_is_no_frame(raw: Raw) -> None:
+    raw.launch(1, spec(1_900_000_052, b"/bin/sleep", b"60"))
+    assert raw.receive().kind is Kind.STARTED
+    raw.send(Frame(Kind.KILL, 1).pack() + b"\0")
+    raw.send(Frame(Kind.SIGNAL, 1, signal.SIGTERM).pack())
+    assert raw.receive().a == signal.SIGTERM
 
 
 def test_a_launch_with_the_wrong_descriptors_is_refused(raw: Raw) -> None:

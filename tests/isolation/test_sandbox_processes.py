@@ -7,6 +7,7 @@ import os
 import select
 import signal
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -225,22 +226,27 @@ tell(tty=os.isatty(0), own=attempt(os.open, "/dev/tty", os.O_RDWR), leader=os.ge
 
 
 async def test_a_launch_that_is_cancelled_leaves_nothing(box: Box) -> None:
-    before = children(box.launcher.pid)
     null = os.open("/dev/null", os.O_RDWR)
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as nursery:
-            for _ in range(4):
-                spec = box.spec(("/bin/sleep", "60"))
-                nursery.start_soon(
-                    lambda spec=spec: box.launcher.launch(
-                        spec, stdin=null, stdout=null, stderr=null
-                    )
-                )
-            await trio.testing.wait_all_tasks_blocked()
-            scope.cancel()
+    launch = partial(box.launcher.launch, stdin=null, stdout=null, stderr=null)
+    os.kill(box.launcher.pid, signal.SIGSTOP)
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as launches:
+                for _ in range(4):
+                    launches.start_soon(launch, box.spec(("/bin/sleep", "60")))
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+                nursery.start_soon(resume, box.launcher.pid)
     assert scope.cancelled_caught
-    assert children(box.launcher.pid) == before == []
+    assert children(box.launcher.pid) == []
+    # Nor does one appear later: the launcher has read everything before it answers this.
+    assert (await box.run("/bin/true")).exit.code == 0
+    assert children(box.launcher.pid) == []
     os.close(null)
+
+
+async def resume(pid: int) -> None:
+    os.kill(pid, signal.SIGCONT)
 
 
 class Tree:
