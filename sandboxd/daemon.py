@@ -125,6 +125,7 @@ async def _serve(boot: Boot) -> None:
             pid=os.getpid(),
             mode=daemon.launcher.mode,
             generation=daemon.config.generation,
+            store=daemon.vault.generation,
         )
         await nursery.start(_admin, daemon)
         nursery.start_soon(_fail_without_launcher, daemon)
