@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, NotFound
@@ -56,7 +58,9 @@ class SessionMethods:
         if request.tty and not request.attach:
             raise Invalid("a terminal needs somebody attached to it")
         manager = self._daemon.sessions
-        started = await manager.start(request)
+        # A client that leaves right now must not leave a session that nobody knows of.
+        with trio.CancelScope(shield=True):
+            started = await manager.start(request)
         session = started.session
         if request.attach:
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import trio
@@ -11,6 +12,8 @@ import trio
 from sandboxd.errors import NotFound
 
 __all__ = ["MAX_LOG", "Recorder", "read_log"]
+
+_log = logging.getLogger(__name__)
 
 #: A log file of this size becomes ``output.1.log``, so that at most twice as much is kept.
 MAX_LOG = 8 << 20
@@ -23,32 +26,49 @@ class Recorder:
         self.directory = directory
         self.changed = trio.Condition()
         self.done = False
+        self._path = directory / "output.log"
+        self._log = -1
+        self._size = 0
 
     async def record(self, fd: int) -> None:
         """Copy ``fd``, which is closed at the end. A full disk ends the log, not the agent."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.directory / "output.log"
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        size, broken = 0, False
         try:
             async with trio.lowlevel.FdStream(fd) as pipe:
-                async for chunk in pipe:
-                    if size + len(chunk) > MAX_LOG:
-                        path.rename(self.directory / "output.1.log")
-                        os.close(log)
-                        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                        size, broken = 0, False
-                    if not broken:
-                        try:
-                            size += os.write(log, chunk)
-                        except OSError:
-                            broken = True  # go on draining: a full pipe would stop the agent
+                self._try(self._open)
+                async for chunk in pipe:  # also without a log: a full pipe would stop the agent
+                    self._try(self._write, chunk)
                     await self._tell()
         finally:
-            os.close(log)
+            self._close()
             self.done = True
             with trio.CancelScope(shield=True):
                 await self._tell()
+
+    def _try(self, action: Callable[..., None], *args: bytes | bytearray) -> None:
+        try:
+            action(*args)
+        except OSError as failure:
+            _log.error("%s: recording ends: %s", self._path, failure.strerror)
+            self._close()
+
+    def _open(self) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._log, self._size = os.open(self._path, flags, 0o600), 0
+
+    def _write(self, chunk: bytes | bytearray) -> None:
+        if self._log < 0:
+            return
+        if self._size + len(chunk) > MAX_LOG:
+            self._path.rename(self.directory / "output.1.log")
+            self._close()
+            self._open()
+        self._size += os.write(self._log, chunk)
+
+    def _close(self) -> None:
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
 
     async def _tell(self) -> None:
         async with self.changed:
