@@ -18,6 +18,7 @@ from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.wire import (
     FRAME,
     MAX_SPEC,
+    CgroupState,
     Frame,
     Kind,
     LaunchSpec,
@@ -37,12 +38,19 @@ _STARTING_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Exit:
-    """How a program ended: ``code`` or ``signal`` (the other is None), CPU time and peak memory."""
+    """How a program ended: ``code`` or ``signal`` (the other is None), and what was used.
+
+    ``cpu_ms`` is that of the whole tree, ``max_rss_kib`` the largest process's. ``peak_kib`` is
+    the most that the tree held at once, caches of files included; 0 where no cgroup tells.
+    ``oom``: the kernel ended it, or a process of it, for want of memory.
+    """
 
     code: int | None
     signal: int | None
     cpu_ms: int
     max_rss_kib: int
+    peak_kib: int = 0
+    oom: bool = False
 
 
 class Process:
@@ -98,6 +106,8 @@ class Launcher:
         self._failure: SandboxdError | None = None
         self._pidfd = -1
         self.privileged = False
+        #: What limits a whole sandbox.
+        self.cgroup = CgroupState()
         #: Of the launcher process, as this host's /proc names it.
         self.pid = 0
         #: Set when the launcher has gone; nothing can be launched any more.
@@ -137,7 +147,9 @@ class Launcher:
             self._processes[process._number] = process
             try:
                 fds = (memfd, stdin, stdout, stderr, *extra)
-                await self.send(Frame(Kind.LAUNCH, process._number, len(fds)), *fds)
+                limits = spec.limits
+                share = (limits.memory, limits.processes, limits.millicpus)
+                await self.send(Frame(Kind.LAUNCH, process._number, len(fds), *share), *fds)
             except BaseException:
                 self._processes.pop(process._number, None)
                 raise
@@ -212,6 +224,7 @@ class Launcher:
         """Act on one report. A descriptor that is kept is taken out of ``fds``."""
         if frame.kind is Kind.READY:
             self.privileged = bool(frame.a)
+            self.cgroup = CgroupState.unpack(frame.text)
             if fds:
                 self._pidfd = fds.pop()
                 self.pid = _pid_of(self._pidfd)
@@ -238,6 +251,8 @@ class Launcher:
                 -code if code < 0 else None,
                 frame.b // 1000,
                 frame.c,
+                frame.d,
+                frame.text == "oom",
             )
             self._finish(process)
 
