@@ -119,7 +119,14 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
         *(
             f"sandboxd.isolation.{name}"
             for name in (
-                "cgroup", "cgroup_places", "kernel", "launcher", "root", "sandbox", "wire",
+                "cgroup",
+                "cgroup_places",
+                "kernel",
+                "launcher",
+                "overlay",
+                "root",
+                "sandbox",
+                "wire",
             )  # fmt: skip
         ),
     }

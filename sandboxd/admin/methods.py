@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.session_methods import SessionMethods
@@ -33,6 +34,7 @@ class Methods:
         return {
             **VariableMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
+            **ChangeMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,

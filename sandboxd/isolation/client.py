@@ -129,13 +129,15 @@ class Launcher:
     ) -> Process:
         """Start a sandbox; returns once its program runs.
 
-        The descriptors stay the caller's to close. Raises KernelError naming the system call and
-        path that failed, or Unavailable when the launcher is gone. A cancelled launch is killed.
+        ``extra`` holds the descriptors for ``spec.extra_fds`` and, where the spec has shared
+        mounts, their mount namespace. All stay the caller's to close. Raises KernelError naming
+        the system call and path that failed, or Unavailable when the launcher is gone. A cancelled
+        launch is killed.
         """
         check_spec(spec)
         if self.privileged and spec.uid == 0:
             raise Invalid("a sandbox never runs as root")
-        if len(extra) != len(spec.extra_fds):
+        if len(extra) != len(spec.extra_fds) + spec.brings_namespace:
             raise Invalid("a launch needs one descriptor for each of its extra_fds")
         data = encode_spec(spec)
         if len(data) > MAX_SPEC:
@@ -324,6 +326,8 @@ def _hint(call: str, code: int, path: str) -> str:
         return f"the file system of {path} has no id-mapped mounts; use a local one (ext4, xfs...)"
     if call == "idmap":
         return "give the workspace to an ordinary user: chown USER DIR"
+    if call == "setxattr" or path.startswith("overlay"):
+        return "a copy-on-write workspace can't be had here; see docs/configuration.md, workspace"
     if call in ("unshare", "write", "setns", "fsmount"):
         return "this host withholds what a sandbox needs; see: sandboxctl doctor"
     return ""

@@ -20,7 +20,7 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 
-__all__ = ["Root", "system_layout"]
+__all__ = ["Root", "mount_point", "system_layout"]
 
 #: Programs and libraries. A host path that is a symbolic link (/bin -> usr/bin on merged-/usr
 #: systems) is copied as a link.
@@ -87,8 +87,12 @@ _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_
 class Root:
     """One sandbox's root directory. Call :meth:`build`, then :meth:`pivot`."""
 
-    def __init__(self, spec: LaunchSpec, uid: int, *, inside_id: int, privileged: bool) -> None:
+    def __init__(
+        self, spec: LaunchSpec, uid: int, *, inside_id: int, privileged: bool, namespace: int = -1
+    ) -> None:
+        """``namespace``: the mount namespace that the spec's shared mounts come from."""
         self.spec, self.uid, self.inside_id = spec, uid, inside_id
+        self.namespace = namespace
         self.gid = uid if privileged else os.getegid()
         self.privileged = privileged
         self.fd = -1
@@ -110,7 +114,7 @@ class Root:
             "tmpfs", _LOCKED, mode="0755", size=str(32 << 20), nr_inodes="4096"
         )
         self.memory.add(os.fstat(self.fd).st_dev)
-        kernel.move_mount(self.fd, kernel.AT_FDCWD, _mount_point())
+        kernel.move_mount(self.fd, kernel.AT_FDCWD, mount_point())
 
         # So far the tree is ours alone, and plain paths in it lead nowhere else.
         for path, tree in system:
@@ -141,6 +145,8 @@ class Root:
 
     def _clone(self, mount: MountSpec) -> int | None:
         """A detached, locked-down copy of a host path; None for an absent optional one."""
+        if mount.shared:
+            return self._clone_shared(mount)
         # What an operator names may pass through links; what belongs to an agent may not, for
         # the agent could turn it while we look.
         resolve = kernel.RESOLVE_NO_MAGICLINKS
@@ -170,6 +176,14 @@ class Root:
                 path=mount.source,
             )
             os.close(userns)
+        return tree
+
+    def _clone_shared(self, mount: MountSpec) -> int:
+        """A detached copy of a mount in the namespace that the broker passed along."""
+        tree = _clone_from(self.namespace, mount.source)
+        attributes = _READONLY if mount.readonly else _LOCKED
+        attributes |= kernel.MOUNT_ATTR_NOEXEC if mount.noexec else 0
+        kernel.set_mount_attributes(tree, attributes, recursive=False, path=mount.source)
         return tree
 
     def _idmap(self, source: int, mount: MountSpec) -> int:
@@ -360,7 +374,7 @@ def system_layout() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
 
 
 @functools.cache
-def _mount_point() -> str:
+def mount_point() -> str:
     """A directory of the host to cover, in this mount namespace alone, while building."""
     for path in ("/tmp", "/run", "/mnt"):  # noqa: S108 - covered, never written
         if os.path.isdir(path) and not os.path.islink(path):
@@ -378,6 +392,26 @@ def _clone_system(path: str) -> int | None:
         raise
     kernel.set_mount_attributes(tree, _READONLY, recursive=True, path=path)
     return tree
+
+
+def _clone_from(namespace: int, path: str) -> int:
+    """A detached copy of the mount at ``path`` of another mount namespace.
+
+    Only a namespace's own mounts can be copied (open_tree(2)), so it is entered and left again.
+    setns(2) takes the root and working directories along.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    own = os.open("/proc/self/ns/mnt", flags)
+    root = os.open("/", flags | os.O_PATH | os.O_DIRECTORY)
+    kernel.setns(namespace, kernel.CLONE_NEWNS)
+    try:
+        return kernel.clone_tree(kernel.AT_FDCWD, path, recursive=False, shown=path)
+    finally:
+        kernel.setns(own, kernel.CLONE_NEWNS)
+        os.fchdir(root)
+        os.chroot(".")
+        os.close(root)
+        os.close(own)
 
 
 def _clone_device(name: str) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
-from sandboxd.isolation import kernel
+from sandboxd.isolation import kernel, overlay
 from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
@@ -80,6 +80,11 @@ def enter(
             join()
         spec = _read_spec(fds[0])
         kernel.close_all_but([report, *fds[1:]])
+        if spec.overlay is not None:  # no program: what it makes is all that is wanted
+            overlay.make(spec, spec.overlay, fds[1], privileged=privileged)
+            _send(report, Frame(Kind.STARTED, number))
+            _send(report, Frame(Kind.EXITED, number))
+            os._exit(0)
         program = _start(spec, fds[1:], privileged=privileged)
         _forget(spec)
         _send(report, Frame(Kind.STARTED, number))
@@ -100,11 +105,14 @@ def enter(
 def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
     """Build the sandbox around this process and start the program in it. Returns its pid."""
     uid = spec.uid if privileged else os.geteuid()
+    namespace = -1
+    if spec.brings_namespace:
+        *streams, namespace = streams
     network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
     kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
     kernel.sethostname(spec.hostname)
     kernel.join_new_keyring()
-    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged)
+    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
     sysctl = root.build()
     root.pivot()
     _give_up_privileges(uid, sysctl, privileged=privileged)

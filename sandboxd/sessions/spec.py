@@ -8,6 +8,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 from sandboxd.errors import Denied, Invalid
+from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
 from sandboxd.policy import Agent, Policy
@@ -64,7 +65,9 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
     if session.tty:
         environment["TERM"] = term if _TERM.fullmatch(term) else "xterm"
     mounts = [*python_mounts(), MountSpec(str(session.socket), SOCKET)]
-    if session.workspace is not None:
+    if session.overlay >= 0:
+        mounts.append(MountSpec(MERGED, WORKSPACE, readonly=False, shared=True))
+    elif session.workspace is not None:
         readonly = session.terms.workspace == "ro"
         mounts.append(MountSpec(str(session.workspace), WORKSPACE, readonly=readonly, idmap=True))
     mounts += (
