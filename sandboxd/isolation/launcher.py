@@ -336,7 +336,7 @@ class _Launcher:
         else:
             self._send(last)
         if group is not None:
-            if group.oom in self.selector.get_map():
+            if group.oom >= 0 and group.oom in self.selector.get_map():
                 self.selector.unregister(group.oom)
             if not group.remove():
                 self.busy.append(group)
