@@ -67,8 +67,8 @@ def diff(args: argparse.Namespace) -> int:
         return 0
     for change in got["changes"]:
         print(output.colour(f"{change['change']:<7}", "bold"), _line(change))
-        for line in change.get("text", "").splitlines():
-            print("  " + _text(line))
+        if text := change.get("text"):
+            print("\n".join("  " + _text(line) for line in text.removesuffix("\n").split("\n")))
     if missing := got["total"] - len(got["changes"]):
         output.note(f"{output.amount(missing, 'more change')} not shown; name paths to see them")
     if not got["total"]:

@@ -86,6 +86,7 @@ class Changes:
         self._paths, self._launcher, self._uids, self._audit = paths, launcher, uids, audit
         self._live: dict[str, tuple[int, int]] = {}  # session: mount namespace, uid
         self._busy: set[str] = set()
+        self._landing: set[str] = set()  # workspaces that are changing now
 
     async def begin(
         self, session: str, agent: str, workspace: Path, *, quota: int, uid: int
@@ -95,6 +96,10 @@ class Changes:
         The descriptor is closed by :meth:`end`. Raises KernelError where the kernel or a file
         system can't have it; nothing is left then.
         """
+        if str(workspace) in self._landing:
+            raise Conflict(
+                f"changes are being applied to {workspace} at this moment", hint="try again"
+            )
         layers = self._layers(session)
         since = await trio.to_thread.run_sync(_make, layers, workspace)
         self._write(Layers(session, agent, str(workspace), since, quota, "live"))
@@ -122,23 +127,25 @@ class Changes:
         What goes wrong is logged and remembered, never raised.
         """
         namespace, uid = self._live[session]
-        layers = self._read(session)
         try:
+            layers = self._read(session)
             if layers.quota:
                 layers = await self._keep(layers, namespace, uid)
             else:
                 layers = replace(layers, state="kept")
+            path = self._layers(session)
+            if layers.state == "kept":
+                (path / "upper").chmod(0o755)  # the agent may have closed its workspace's root
+                if is_empty(path / "upper"):
+                    layers = replace(layers, state="discarded", why="it changed nothing")
+            if layers.state != "kept":
+                await trio.to_thread.run_sync(remove, path)
+            self._write(layers)
+        except (OSError, SandboxdError) as failure:
+            _log.error("the changes of session %s can't be put away: %s", session, failure)
         finally:
             del self._live[session]
             os.close(namespace)
-        path = self._layers(session)
-        if layers.state == "kept":
-            (path / "upper").chmod(0o755)  # the agent may have closed its workspace's root
-            if is_empty(path / "upper"):
-                layers = replace(layers, state="discarded", why="it changed nothing")
-        if layers.state != "kept":
-            await trio.to_thread.run_sync(remove, path)
-        self._write(layers)
 
     def state(self, session: str) -> Layers | None:
         """What became of a session's changes; None when its workspace was no overlay."""
@@ -173,9 +180,8 @@ class Changes:
         What can't be applied for another reason is in the result's ``failed``.
         """
         layers = self._reviewable(session)
-        self._refuse_live(layers)
         who: dict[str, Any] = {"session": session, "agent": layers.agent, "by": by}
-        async with self._alone(session):
+        async with self._alone(session, landing=layers):
             await self._audit.append("session.applying", **who, force=force, **_told(paths))
             done = await self._ask(layers, write=True, op="apply", paths=list(paths), force=force)
             if conflicts := done["conflicts"]:
@@ -199,7 +205,7 @@ class Changes:
     async def discard(self, session: str, *, by: str) -> None:
         """Remove an ended session's changes. Raises Conflict while it runs, NotFound if none."""
         layers = self._reviewable(session)
-        self._refuse_live(layers)
+        _refuse_running(layers)
         async with self._alone(session):
             await self._audit.append(
                 "session.discarded", session=session, agent=layers.agent, by=by
@@ -219,12 +225,26 @@ class Changes:
             raise NotFound(f"the changes of {session} were {layers.state}{why}")
         return layers
 
-    def _refuse_live(self, layers: Layers) -> None:
-        if layers.state == "live":
-            raise Conflict(
-                f"{layers.session} is still running, and may change what is reviewed",
-                hint=f"end it first: sandboxctl session stop {layers.session}",
-            )
+    @asynccontextmanager
+    async def _alone(self, session: str, landing: Layers | None = None) -> AsyncIterator[None]:
+        """Nobody else has to do with the layers, nor with the workspace that is ``landing``."""
+        if session in self._busy:
+            raise Conflict(f"somebody is reviewing {session} at this moment")
+        if landing is not None:
+            self._refuse_in_use(landing)
+            self._landing.add(landing.workspace)
+        self._busy.add(session)
+        try:
+            yield
+        finally:
+            self._busy.discard(session)
+            if landing is not None:
+                self._landing.discard(landing.workspace)
+
+    def _refuse_in_use(self, layers: Layers) -> None:
+        _refuse_running(layers)
+        if layers.workspace in self._landing:
+            raise Conflict(f"{layers.workspace} is changing at this moment", hint="try again")
         for other in self._live:
             if self._read(other).workspace == layers.workspace:
                 # "the behavior of the overlay is undefined" (overlayfs.rst, Changes to
@@ -233,16 +253,6 @@ class Changes:
                     f"{other} is running on top of the same workspace",
                     hint="a workspace can't change below a running overlay: stop that session",
                 )
-
-    @asynccontextmanager
-    async def _alone(self, session: str) -> AsyncIterator[None]:
-        if session in self._busy:
-            raise Conflict(f"somebody is reviewing {session} at this moment")
-        self._busy.add(session)
-        try:
-            yield
-        finally:
-            self._busy.discard(session)
 
     async def _keep(self, layers: Layers, namespace: int, uid: int) -> Layers:
         """Copy layers in memory to disk."""
@@ -332,7 +342,8 @@ class Changes:
             # It was sent before the start was reported.
             ours.setblocking(False)
             _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
-            await process.wait()
+            with trio.CancelScope(shield=True):  # it has nothing left to do but to end
+                await process.wait()
         return fds[0]
 
     def _layers(self, session: str) -> Path:
@@ -349,6 +360,14 @@ class Changes:
             return Layers(**json.loads(self._meta(session).read_bytes()))
         except FileNotFoundError:
             raise NotFound(f"the workspace of {session} was no overlay") from None
+
+
+def _refuse_running(layers: Layers) -> None:
+    if layers.state == "live":
+        raise Conflict(
+            f"{layers.session} is still running, and may change what is reviewed",
+            hint=f"end it first: sandboxctl session stop {layers.session}",
+        )
 
 
 def _make(layers: Path, workspace: Path) -> int:

@@ -170,12 +170,12 @@ def test_line_differences_are_bounded_in_size_and_lines(layers: Layers) -> None:
     (layers.upper / "big").write_text("x" * (overlay.MAX_TEXT + 1))
     for side, word in ((layers.upper, "a"), (layers.lower, "b")):
         (side / "long").write_text(f"{word}\n" * overlay.MAX_LINES)
-    (layers.upper / "no-newline").write_text("end")
+    (layers.upper / "no-newline").write_text("a\x0cb\r\u2028c\nend")
     told = layers.text()
     assert told["big"].omitted == "too large to show"
     assert told["long"].omitted == "too many lines to compare"
     assert told["no-newline"].text is not None
-    assert told["no-newline"].text.endswith("+end\n\\ no newline at the end\n")
+    assert told["no-newline"].text.endswith("+a\x0cb\r\u2028c\n+end\n\\ no newline at the end\n")
 
 
 def test_line_differences_are_bounded_in_time(
