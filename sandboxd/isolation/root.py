@@ -107,9 +107,14 @@ class Root:
         directories, links = system_layout()
         paths = (*directories, *etc)
         system = [(path, tree) for path in paths if (tree := _clone_system(path)) is not None]
-        trees = [(m, tree) for m in self.spec.mounts if (tree := self._clone(m)) is not None]
+        mounts = self.spec.mounts
+        own = [None if mount.shared else self._clone(mount) for mount in mounts]
         devices = [(name, _clone_device(name)) for name in _DEVICES]
         masks = [_clone_device("null") for _ in _PROC_MASKED_FILES]
+        # Last, for it moves the root directory (to the same one, outside of a chroot).
+        copies = [
+            self._clone_shared(m) if m.shared else t for m, t in zip(mounts, own, strict=True)
+        ]
         self.fd = kernel.mount_filesystem(
             "tmpfs", _LOCKED, mode="0755", size=str(32 << 20), nr_inodes="4096"
         )
@@ -128,8 +133,9 @@ class Root:
         self._etc()
 
         # From here on parts of it can be an agent's own files.
-        for mount, tree in trees:
-            self._place(tree, mount.target)
+        for mount, tree in zip(mounts, copies, strict=True):
+            if tree is not None:
+                self._place(tree, mount.target)
         for file in self.spec.files:
             self._file(file.path, file.content, file.mode)
         kernel.set_mount_attributes(self.fd, kernel.MOUNT_ATTR_RDONLY, recursive=False)
@@ -145,8 +151,6 @@ class Root:
 
     def _clone(self, mount: MountSpec) -> int | None:
         """A detached, locked-down copy of a host path; None for an absent optional one."""
-        if mount.shared:
-            return self._clone_shared(mount)
         # What an operator names may pass through links; what belongs to an agent may not, for
         # the agent could turn it while we look.
         resolve = kernel.RESOLVE_NO_MAGICLINKS
@@ -398,19 +402,13 @@ def _clone_from(namespace: int, path: str) -> int:
     """A detached copy of the mount at ``path`` of another mount namespace.
 
     Only a namespace's own mounts can be copied (open_tree(2)), so it is entered and left again.
-    setns(2) takes the root and working directories along.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    own = os.open("/proc/self/ns/mnt", flags)
-    root = os.open("/", flags | os.O_PATH | os.O_DIRECTORY)
+    own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     kernel.setns(namespace, kernel.CLONE_NEWNS)
     try:
         return kernel.clone_tree(kernel.AT_FDCWD, path, recursive=False, shown=path)
     finally:
         kernel.setns(own, kernel.CLONE_NEWNS)
-        os.fchdir(root)
-        os.chroot(".")
-        os.close(root)
         os.close(own)
 
 

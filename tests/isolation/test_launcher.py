@@ -175,7 +175,7 @@ print(*sys.modules)
     )
     modules = set(done.stdout.split())
     foreign = {m for m in modules if m.partition(".")[0] not in sys.stdlib_module_names}
-    parts = ("cgroup", "cgroup_places", "kernel", "launcher", "root", "sandbox")
+    parts = ("cgroup", "cgroup_places", "kernel", "launcher", "overlay", "root", "sandbox")
     ours = {f"sandboxd.isolation.{part}" for part in parts}
     assert foreign - {"__main__"} == {
         "sandboxd", "sandboxd.errors", "sandboxd.isolation", "sandboxd.isolation.wire", *ours
