@@ -79,12 +79,21 @@ class Layers:
     why: str = ""
 
 
+@dataclass
+class _View:
+    """What a live session holds. ``namespace`` is -1 until the view is there."""
+
+    workspace: str
+    uid: int
+    namespace: int = -1
+
+
 class Changes:
     """The layers of every session, live and ended."""
 
     def __init__(self, *, paths: Paths, launcher: Launcher, uids: UidPool, audit: AuditLog) -> None:
         self._paths, self._launcher, self._uids, self._audit = paths, launcher, uids, audit
-        self._live: dict[str, tuple[int, int]] = {}  # session: mount namespace, uid
+        self._live: dict[str, _View] = {}
         self._busy: set[str] = set()
         self._landing: set[str] = set()  # workspaces that are changing now
 
@@ -100,10 +109,11 @@ class Changes:
             raise Conflict(
                 f"changes are being applied to {workspace} at this moment", hint="try again"
             )
+        view = self._live[session] = _View(str(workspace), uid)  # seen by apply from here on
         layers = self._layers(session)
-        since = await trio.to_thread.run_sync(_make, layers, workspace)
-        self._write(Layers(session, agent, str(workspace), since, quota, "live"))
         try:
+            since = await trio.to_thread.run_sync(_make, layers, workspace)
+            self._write(Layers(session, agent, str(workspace), since, quota, "live"))
             spec = LaunchSpec(
                 id=session,
                 argv=(b"/nothing",),
@@ -111,26 +121,26 @@ class Changes:
                 uid=uid,
                 overlay=OverlaySpec(str(workspace), "" if quota else str(layers), quota),
             )
-            namespace = await self._namespace(spec)
+            view.namespace = await self._namespace(spec)
         except BaseException:
-            remove(layers)
-            self._meta(session).unlink()
+            del self._live[session]
             with contextlib.suppress(OSError):
-                self._meta(session).parent.rmdir()
+                remove(layers)
+                self._meta(session).unlink(missing_ok=True)
+                layers.parent.rmdir()
             raise
-        self._live[session] = (namespace, uid)
-        return namespace
+        return view.namespace
 
     async def end(self, session: str) -> None:
         """The agent and its calls are gone: keep what it changed, or forget that it did nothing.
 
         What goes wrong is logged and remembered, never raised.
         """
-        namespace, uid = self._live[session]
+        view = self._live[session]
         try:
             layers = self._read(session)
             if layers.quota:
-                layers = await self._keep(layers, namespace, uid)
+                layers = await self._keep(layers, view)
             else:
                 layers = replace(layers, state="kept")
             path = self._layers(session)
@@ -145,7 +155,7 @@ class Changes:
             _log.error("the changes of session %s can't be put away: %s", session, failure)
         finally:
             del self._live[session]
-            os.close(namespace)
+            os.close(view.namespace)
 
     def state(self, session: str) -> Layers | None:
         """What became of a session's changes; None when its workspace was no overlay."""
@@ -181,25 +191,24 @@ class Changes:
         """
         layers = self._reviewable(session)
         who: dict[str, Any] = {"session": session, "agent": layers.agent, "by": by}
-        async with self._alone(session, landing=layers):
-            await self._audit.append("session.applying", **who, force=force, **_told(paths))
-            done = await self._ask(layers, write=True, op="apply", paths=list(paths), force=force)
-            if conflicts := done["conflicts"]:
-                first = ", ".join(shown(c["path"]) for c in conflicts[:5])
-                await self._audit.append("session.apply_refused", **who, conflicts=len(conflicts))
-                raise Conflict(
-                    f"{len(conflicts)} of the changes meet a workspace that changed since the "
-                    f"session began, or is changing now: {first}",
-                    hint="look at both (sandboxctl session diff); --force takes the session's",
+        # What has begun goes to its end, also when the operator leaves.
+        with trio.CancelScope(shield=True):
+            async with self._alone(session, landing=layers):
+                await self._audit.append("session.applying", **who, force=force, **_told(paths))
+                try:
+                    done = await self._land(layers, list(paths), force=force)
+                except SandboxdError as failure:
+                    reason = failure.message
+                    await self._audit.append("session.apply_refused", **who, reason=reason)
+                    raise
+                applied = done.pop("applied")
+                counts = {kind: done[kind] for kind in ("added", "changed", "deleted")}
+                await self._audit.append(
+                    "session.applied", **who, **counts, failed=len(done["failed"]), **_told(applied)
                 )
-            applied = done.pop("applied")
-            counts = {kind: done[kind] for kind in ("added", "changed", "deleted")}
-            await self._audit.append(
-                "session.applied", **who, **counts, failed=len(done["failed"]), **_told(applied)
-            )
-            if not done["remaining"]:
-                await trio.to_thread.run_sync(remove, self._layers(session))
-                self._write(replace(layers, state="applied"))
+                if not done["remaining"]:
+                    await trio.to_thread.run_sync(remove, self._layers(session))
+                    self._write(replace(layers, state="applied"))
         return {"session": session, "workspace": layers.workspace, "paths": applied, **done}
 
     async def discard(self, session: str, *, by: str) -> None:
@@ -212,6 +221,17 @@ class Changes:
             )
             await trio.to_thread.run_sync(remove, self._layers(session))
             self._write(replace(layers, state="discarded", why=f"by {by}"))
+
+    async def _land(self, layers: Layers, paths: list[str], *, force: bool) -> dict[str, Any]:
+        done = await self._ask(layers, write=True, op="apply", paths=paths, force=force)
+        if conflicts := done["conflicts"]:
+            first = ", ".join(shown(conflict["path"]) for conflict in conflicts[:5])
+            raise Conflict(
+                f"{len(conflicts)} of the changes meet a workspace that changed since the session "
+                f"began: {first}",
+                hint="look at both (sandboxctl session diff); --force takes the session's",
+            )
+        return done
 
     def _reviewable(self, session: str) -> Layers:
         layers = self.state(session)
@@ -245,8 +265,8 @@ class Changes:
         _refuse_running(layers)
         if layers.workspace in self._landing:
             raise Conflict(f"{layers.workspace} is changing at this moment", hint="try again")
-        for other in self._live:
-            if self._read(other).workspace == layers.workspace:
+        for other, view in self._live.items():
+            if view.workspace == layers.workspace:
                 # "the behavior of the overlay is undefined" (overlayfs.rst, Changes to
                 # underlying filesystems)
                 raise Conflict(
@@ -254,14 +274,14 @@ class Changes:
                     hint="a workspace can't change below a running overlay: stop that session",
                 )
 
-    async def _keep(self, layers: Layers, namespace: int, uid: int) -> Layers:
+    async def _keep(self, layers: Layers, view: _View) -> Layers:
         """Copy layers in memory to disk."""
         try:
             mounts = (
                 MountSpec(f"{LAYERS}/upper", CHANGES, readonly=False, shared=True),
                 MountSpec(str(self._layers(layers.session) / "upper"), KEPT, False, idmap=True),
             )
-            answer = await self._run(mounts, uid, namespace, {"op": "keep"})
+            answer = await self._run(mounts, view.uid, view.namespace, {"op": "keep"})
         except SandboxdError as failure:
             _log.error("the changes of session %s are lost: %s", layers.session, failure.message)
             return replace(layers, state="lost", why=failure.message)
@@ -277,9 +297,11 @@ class Changes:
         workspace = MountSpec(layers.workspace, WORKSPACE, readonly=not write, idmap=True)
         request["since"] = layers.since
         if layers.state == "live" and layers.quota:
-            namespace, uid = self._live[layers.session]
+            view = self._live[layers.session]
+            if view.namespace < 0:
+                raise Conflict(f"{layers.session} is only starting")
             upper = MountSpec(f"{LAYERS}/upper", CHANGES, shared=True)
-            return await self._run((workspace, upper), uid, namespace, request)
+            return await self._run((workspace, upper), view.uid, view.namespace, request)
         with self._uids.lease() as uid:
             upper = MountSpec(str(self._layers(layers.session) / "upper"), CHANGES, idmap=True)
             return await self._run((workspace, upper), uid, None, request)
@@ -308,12 +330,16 @@ class Changes:
         with contextlib.ExitStack() as given:
             stdin = _memory(given, asked)
             stdout, stderr = _memory(given), _memory(given)
+            extra = []
+            if namespace is not None:  # our own: the session may end and close its one
+                extra.append(os.dup(namespace))
+                given.callback(os.close, extra[0])
             process = await self._launcher.launch(
                 spec,
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                extra=() if namespace is None else (namespace,),
+                extra=extra,
             )
             try:
                 with trio.move_on_after(_PATIENCE):

@@ -143,6 +143,7 @@ def test_named_paths_land_first_and_the_rest_later(worked: tuple[RealDaemon, str
     applied = [r for r in daemon.audit() if r["event"] == "session.applied"]
     assert [(r["added"], r["changed"], r["deleted"]) for r in applied] == [(2, 1, 0), (3, 1, 2)]
     assert applied[0]["paths"] == ["'kept'", "'made'", "'made/binary'"]
+    assert len([r for r in daemon.audit() if r["event"] == "session.applying"]) == 2
 
 
 def test_discarded_changes_are_gone(worked: tuple[RealDaemon, str, Path]) -> None:
@@ -170,6 +171,9 @@ def test_what_the_workspace_changed_meanwhile_is_a_conflict(
     with pytest.raises(Conflict, match="2 of the changes"):
         daemon.call("session.apply", id=session)
     assert tree(path) == before
+    refused = daemon.audit()[-1]
+    assert refused["event"] == "session.apply_refused"
+    assert "'kept'" in refused["reason"]
     daemon.call("session.apply", id=session, paths=["gone"])  # the others can land
     assert not (path / "gone").exists()
     done = daemon.ctl("session", "apply", "--force", session)
@@ -329,6 +333,23 @@ def test_tools_see_and_change_the_same_view(configured: RealDaemon) -> None:
     session = configured.call("session.list", all=True)["sessions"][0]["id"]
     assert list(changes(configured, session)) == ["added by-agent", "added by-tool"]
     assert tree(configured.paths.workspaces / "caller") == {}
+
+
+def test_names_of_any_bytes_are_told_landed_and_recorded(configured: RealDaemon) -> None:
+    configured.agent(
+        "worker", r"""touch "/workspace/$(printf 'a\377\033[31m')" """, workspace="{mode: overlay}"
+    )
+    configured.start()
+    session = session_of(configured, "worker")
+    shown = configured.ctl("session", "diff", session).stdout
+    assert "\x1b" not in shown
+    (change,) = configured.call("session.diff", id=session)["changes"]
+    assert os.fsencode(change["path"]) == b"a\xff\x1b[31m"
+    done = configured.ctl("session", "apply", session, change["path"])
+    assert done.stdout == "1 added, 0 changed, 0 deleted\n", done.stderr
+    landed = os.listdir(os.fsencode(configured.paths.workspaces / "worker"))
+    assert landed == [b"a\xff\x1b[31m"]
+    assert configured.call("audit.verify")["ok"]
 
 
 def test_a_policy_can_make_every_workspace_an_overlay(configured: RealDaemon) -> None:
