@@ -25,7 +25,7 @@ from functools import partial
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
-from sandboxd.isolation import cgroup, kernel
+from sandboxd.isolation import cgroup, kernel, landlock, seccomp
 from sandboxd.isolation.cgroup import Cgroup, Cgroups, Share, Usage
 from sandboxd.isolation.sandbox import enter, prepare
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
@@ -153,12 +153,14 @@ class _Sandbox:
     report: int
     cgroup: Cgroup | None
     started: bool = False
+    oom: bool = False
     last: Frame | None = None  # FAILED or EXITED, told once every process has gone
 
 
 class _Launcher:
     def __init__(self, sock: socket.socket, cgroups: Cgroups, *, privileged: bool) -> None:
         self.sock, self.cgroups, self.privileged = sock, cgroups, privileged
+        self.filtered = seccomp.restrict_launcher()
         self.birth = True  # until the kernel refuses to fork into a cgroup
         self.busy: list[Cgroup] = []  # of ended sandboxes, not removed yet
         self.sandboxes: dict[int, _Sandbox] = {}
@@ -174,7 +176,8 @@ class _Launcher:
         self.selector.register(self.sock, selectors.EVENT_READ, self._on_frame)
         me = os.pidfd_open(os.getpid())
         state = self.cgroups.state.pack()
-        self._send(Frame(Kind.READY, 0, int(self.privileged), text=state), me)
+        walls = landlock.best_abi(), int(self.filtered)
+        self._send(Frame(Kind.READY, 0, int(self.privileged), *walls, text=state), me)
         os.close(me)
         # What exists now lives for good: children then collect garbage without copying its pages.
         gc.collect()
@@ -323,8 +326,7 @@ class _Launcher:
         os.close(sandbox.pidfd)
         os.close(sandbox.report)
         del self.sandboxes[sandbox.number]
-        group = sandbox.cgroup
-        used = group.usage() if group is not None else Usage()
+        used = self._used(sandbox)
         last = sandbox.last
         if last is None and sandbox.started:
             cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
@@ -337,15 +339,27 @@ class _Launcher:
             self._send(replace(last, b=cpu, d=used.peak_kib, text="oom" if used.oom else ""))
         else:
             self._send(last)
-        if group is not None:
-            if group.oom >= 0 and group.oom in self.selector.get_map():
-                self.selector.unregister(group.oom)
-            if not group.remove():
-                self.busy.append(group)
+        if sandbox.cgroup is not None and not sandbox.cgroup.remove():
+            self.busy.append(sandbox.cgroup)
+
+    def _used(self, sandbox: _Sandbox) -> Usage:
+        """What the whole tree used, as its cgroup tells before it goes."""
+        group = sandbox.cgroup
+        if group is None:
+            return Usage()
+        if group.oom >= 0 and not sandbox.oom:
+            self.selector.unregister(group.oom)
+        used = group.usage()
+        group.close()
+        return replace(used, oom=used.oom or sandbox.oom)
 
     def _on_oom(self, sandbox: _Sandbox) -> None:
-        """The kernel has killed one process for want of memory. The others follow it (v1)."""
+        """The tree is out of memory (v1): the kernel kills one process, and the others follow.
+
+        The end of the others can come first, and then the kernel kills, and counts, none itself.
+        """
         assert sandbox.cgroup is not None
+        sandbox.oom = True
         self.selector.unregister(sandbox.cgroup.oom)
         self._signal(sandbox.number, signal.SIGKILL)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
-from sandboxd.isolation import kernel, overlay
+from sandboxd.isolation import kernel, landlock, overlay, seccomp
 from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
@@ -116,6 +116,10 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
     sysctl = root.build()
     root.pivot()
     _give_up_privileges(uid, sysctl, privileged=privileged)
+    system, _ = system_layout()
+    places = landlock.places(spec, system)
+    landlock.restrict(landlock.best_abi(), places, streams, tcp=spec.network == "host")
+    seccomp.restrict_sandbox()
     try:
         os.chdir(spec.cwd)
     except OSError as failure:

@@ -55,7 +55,9 @@ class Kind(enum.IntEnum):
     LAUNCH = 1  # operands: number of descriptors; of the cgroup: bytes, processes, millicpus
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
-    READY = 16  # operands: 1 when privileged, else 0; text: CgroupState
+    #: Operands: 1 when privileged, else 0; Landlock's ABI; 1 when seccomp filters are installed.
+    #: Text: CgroupState.
+    READY = 16
     STARTED = 17  # descriptor: pidfd of the sandbox's init
     FAILED = 18  # operands: errno; text: system call and path
     #: Operands: wait status, cpu microseconds, peak KiB of the largest process, of the whole tree

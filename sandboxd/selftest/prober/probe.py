@@ -53,10 +53,17 @@ class Plan:
     since: float = 0.0
     hostname: str = ""
     marker: str = ""
+    #: Only probes for threats that contain one of these words; all when empty.
+    threats: tuple[str, ...] = ()
 
     @property
     def inside(self) -> bool:
         return self.place in BOTH
+
+    def wants(self, probe: Probe) -> bool:
+        return not self.threats or any(
+            word.lower() in probe.threat.lower() for word in self.threats
+        )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Plan:
@@ -83,8 +90,8 @@ Attack = Callable[..., Any]
 class Probe:
     """One row of the catalogue.
 
-    ``denials``: what may come of it without seccomp and Landlock. Empty: only the filter stands in
-    its way. ``filtered``: the one denial where the filter is on. ``landlocked``: the one from an
+    ``denials``: what may come of it without seccomp and Landlock. Empty: only these stand in its
+    way. ``filtered``: the one denial where the filter is on. ``landlocked``: the one from an
     ABI of Landlock on. ``inside`` is a control in the sandbox: the same code where it is allowed.
     ``outside`` names the place outside where the attack itself must come to one of ``allowed``;
     where the host refuses even that, ``fallback`` has to work in the sandbox.
