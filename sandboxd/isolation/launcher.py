@@ -41,7 +41,7 @@ _MAX_OPEN_FILES = 65536
 #: How long to wait at the end for killed sandboxes, so that their cgroups can go; and how long
 #: until the next try where a cgroup is still busy.
 _ENDING_LIMIT = 3.0
-_BUSY_PAUSE = 0.02
+_BUSY_PAUSE = 0.1
 
 
 def fork_launcher() -> socket.socket:

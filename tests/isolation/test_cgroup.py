@@ -480,7 +480,16 @@ async def test_a_host_without_cgroups_is_told_and_still_isolates() -> None:
 @needs_v2
 @pytest.mark.parametrize("clone3", [True, False], ids=["born inside", "moved inside"])
 async def test_on_v2_a_sandbox_starts_and_ends_in_a_cgroup_of_its_own(clone3: bool) -> None:
-    start = "" if clone3 else "kernel._SYS_CLONE3 = 100_000  # ENOSYS"
+    start = f"""
+from sandboxd.isolation.cgroup import Cgroup
+join = Cgroup.join
+def joining(self, *, born):
+    assert born is {clone3}
+    join(self, born=born)
+Cgroup.join = joining
+if not {clone3}:
+    kernel._SYS_CLONE3 = 100_000  # ENOSYS
+"""
     async with open_launcher(launcher_where('unmount("cgroup")', start)) as launcher:
         assert launcher.cgroup.version == "v2"
         assert "kill" in launcher.cgroup.controllers
