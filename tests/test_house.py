@@ -26,6 +26,7 @@ FLOORS = (
     ("redact",),
     ("sessions",),
     ("broker",),
+    ("running",),
     ("admin",),
     ("daemon",),
     ("main",),

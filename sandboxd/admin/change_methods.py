@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandboxd.admin.params import param, strings
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.session_methods import find_record
 from sandboxd.errors import Invalid
-
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
+from sandboxd.running import Daemon
 
 __all__ = ["ChangeMethods"]
 

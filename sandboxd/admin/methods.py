@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import trio
@@ -16,10 +16,8 @@ from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.variable_methods import VariableMethods
 from sandboxd.policy import decide
+from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
-
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
 
 __all__ = ["Methods"]
 

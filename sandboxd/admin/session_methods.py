@@ -6,7 +6,7 @@ import base64
 import signal
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -14,15 +14,13 @@ from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, NotFound
 from sandboxd.names import session_id, shown
+from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 from sandboxd.sessions.manager import GRACE_SECONDS, Request
 from sandboxd.sessions.output import read_log
 from sandboxd.sessions.session import Session
 from sandboxd.sessions.usage import usage
 from sandboxd.vault.store import SessionRecord
-
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
 
 __all__ = ["SessionMethods", "find_record"]
 
