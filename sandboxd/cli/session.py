@@ -215,7 +215,11 @@ def _signal_name(number: int) -> str:
 
 
 def _layer(layer: Any) -> str:
-    return f"{layer['layer']}: {layer['state']}" if isinstance(layer, dict) else str(layer)
+    """One layer of isolation, with the reason where it isn't on."""
+    if not isinstance(layer, dict):
+        return str(layer)
+    remark = f" ({layer['remark']})" if layer["state"] != "on" and layer.get("remark") else ""
+    return f"{layer['layer']}: {layer['state']}{remark}"
 
 
 def _visible(data: bytes) -> bytes:
