@@ -31,6 +31,8 @@ sys.exit(main())
 #: The host's network and IPC, its /proc, and every capability that a user namespace gives.
 HOLES = """
 from sandboxd.isolation import kernel, root, sandbox
+
+pytestmark = pytest.mark.soak
 sandbox._NAMESPACES &= ~(kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC)
 kernel.CLONE_NEWNET = 0
 kernel.drop_capabilities = kernel.no_new_privileges = lambda: None

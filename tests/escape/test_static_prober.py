@@ -65,6 +65,8 @@ import json, subprocess, sys
 own = subprocess.run(["/opt/escape/prober"], stdout=subprocess.PIPE, check=True).stdout
 sys.path.insert(0, "/opt/escape/mcp.zip")
 from sandboxd.trial.mcp import Client
+
+pytestmark = pytest.mark.soak
 answer = Client({}).call("probe", {})["result"]
 print(json.dumps({"agent": own.decode(), "tool": answer["content"][0]["text"]}))
 """
