@@ -16,6 +16,8 @@ from sandboxd import selftest
 from sandboxd.selftest import stage as selftest_stage
 from sandboxd.trial import stage as trial_stage
 
+pytestmark = pytest.mark.soak
+
 #: The daemon, with a launcher that first runs the code in the first argument's place.
 DAEMON = """
 import sys
@@ -31,8 +33,6 @@ sys.exit(main())
 #: The host's network and IPC, its /proc, and every capability that a user namespace gives.
 HOLES = """
 from sandboxd.isolation import kernel, root, sandbox
-
-pytestmark = pytest.mark.soak
 sandbox._NAMESPACES &= ~(kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC)
 kernel.CLONE_NEWNET = 0
 kernel.drop_capabilities = kernel.no_new_privileges = lambda: None

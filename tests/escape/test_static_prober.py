@@ -25,6 +25,8 @@ from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 from sandboxd.trial.archive import pack
 
+pytestmark = pytest.mark.soak
+
 SOURCE = Path(__file__).parent / "prober.c"
 
 #: What is allowed, or the one right denial; anything else in the prober's output is EPERM.
@@ -65,8 +67,6 @@ import json, subprocess, sys
 own = subprocess.run(["/opt/escape/prober"], stdout=subprocess.PIPE, check=True).stdout
 sys.path.insert(0, "/opt/escape/mcp.zip")
 from sandboxd.trial.mcp import Client
-
-pytestmark = pytest.mark.soak
 answer = Client({}).call("probe", {})["result"]
 print(json.dumps({"agent": own.decode(), "tool": answer["content"][0]["text"]}))
 """
