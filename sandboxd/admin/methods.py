@@ -114,6 +114,7 @@ class Methods:
                 "name": name,
                 "description": tool.description,
                 "secrets": [secret.variable for secret in tool.secrets],
+                "shown": [secret.variable for secret in tool.secrets if not secret.redact],
                 "network": tool.network,
                 "workspace": tool.workspace,
                 "timeout": float(tool.timeout),
@@ -162,7 +163,12 @@ class Methods:
                 "reason": decision.reason,
                 "argv": list(decision.argv),
                 "inject": [
-                    {"variable": s.variable, "as": s.as_name, "delivery": s.delivery}
+                    {
+                        "variable": s.variable,
+                        "as": s.as_name,
+                        "delivery": s.delivery,
+                        "redact": s.redact,
+                    }
                     for s in decision.inject
                 ],
                 "approval_timeout": decision.approval_timeout

@@ -371,7 +371,7 @@ class Calls:
             )
             ended = trio.CancelScope()
             live.capture = Capture(
-                {spec.variable: secret for spec, secret in unsealed},
+                {spec.variable: secret for spec, secret in unsealed if spec.redact},
                 limit=decision.output_limit,
                 kill=tool.on_overflow == "kill",
                 on_overflow=ended.cancel,

@@ -25,6 +25,7 @@ __all__ = [
     "colour",
     "columns",
     "fields",
+    "first_line",
     "note",
     "print_json",
     "set_up",
@@ -82,6 +83,12 @@ def fields(pairs: Sequence[tuple[str, Any]]) -> None:
         for n, item in enumerate(items or ["none"]):
             label = (name if n == 0 else "").ljust(width)
             print(f"{colour(label, 'bold')}  {clean(str(item))}".rstrip())
+
+
+def first_line(text: str) -> str:
+    """A text's first line, marked where there is more."""
+    first, _, more = text.strip().partition("\n")
+    return f"{first} …" if more else first
 
 
 def note(text: str) -> None:

@@ -19,7 +19,7 @@ NOUNS: dict[str, tuple[str, str]] = {
     "session": ("session", "start, list, show and stop sessions, and read their output"),
     "env": ("env", "set, list and remove an agent's secret variables"),
     "agents": ("agents", "the agents that are configured"),
-    "tools": ("agents", "the tools that agents can call"),
+    "tools": ("tools", "the tools that agents can call: list, write, try and run them"),
     "policy": ("policy", "why a tool call would be allowed or denied"),
     "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
     "audit": ("audit", "read and verify the audit log"),

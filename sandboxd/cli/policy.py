@@ -96,7 +96,8 @@ def _limits(limits: dict[str, Any]) -> list[str]:
 
 def _injected(item: dict[str, Any]) -> str:
     name, delivery = item.get("as") or item["variable"], item.get("delivery", "env")
-    return f"{item['variable']} as {name} ({delivery})"
+    shown = "" if item.get("redact", True) else ", shown in output"
+    return f"{item['variable']} as {name} ({delivery}{shown})"
 
 
 def _layer(layer: Any) -> str:

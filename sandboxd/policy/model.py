@@ -256,13 +256,14 @@ class SecretSpec:
 
     ``env``: in the environment as ``as_name``. ``file``: at /run/secrets/``as_name``. ``fd``: on a
     descriptor whose number stands in the environment variable ``as_name``. ``stdin``: it is the
-    whole standard input.
+    whole standard input. ``redact`` is false for a plain setting, which output may show.
     """
 
     variable: VariableName
     as_name: str = attrs.field(default="", metadata={"key": "as"})
     delivery: Literal["env", "file", "stdin", "fd"] = "env"
     required: bool = True
+    redact: bool = True
 
 
 @attrs.frozen
