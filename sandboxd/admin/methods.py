@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
@@ -35,6 +36,7 @@ class Methods:
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
+            **ApprovalMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,
@@ -63,6 +65,7 @@ class Methods:
                 "generation": daemon.config.generation,
                 "sessions": len(daemon.sessions.live),
                 "calls": daemon.calls.running(),
+                "approvals": len(daemon.calls.approvals.waiting),
                 "key_custody": boot.custody,
                 "warnings": daemon.warnings(),
             }
@@ -170,6 +173,9 @@ class Methods:
                     }
                     for s in decision.inject
                 ],
+                "approval_timeout": decision.approval_timeout
+                if decision.verdict == "ask"
+                else None,
                 "network": network,
                 "limits": attrs.asdict(decision.limits),
                 "isolation": layers(network, self._daemon.launcher),

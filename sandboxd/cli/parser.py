@@ -21,6 +21,7 @@ NOUNS: dict[str, tuple[str, str]] = {
     "agents": ("agents", "the agents that are configured"),
     "tools": ("tools", "the tools that agents can call: list, write, try and run them"),
     "policy": ("policy", "why a tool call would be allowed or denied"),
+    "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
     "audit": ("audit", "read and verify the audit log"),
     "config": ("config", "check the configuration"),
     "reload": ("status", "apply a changed configuration"),
