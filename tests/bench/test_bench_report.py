@@ -127,7 +127,7 @@ def test_the_documents_places_and_commands_are_real() -> None:
     text = DOCUMENT.read_text()
     for user in ("root", "user"):
         assert re.search(f"<!-- results: {user} -->.*?<!-- end of results -->", text, re.DOTALL)
-    found = re.findall(r"^\S*python -m bench\b(.*)$", text, re.MULTILINE)
+    found = re.findall(r"^\.venv/bin/python -m bench\b(.*)$", text, re.MULTILINE)
     assert len(found) >= 5
     for words in found:
         _parser().parse_args(shlex.split(words, comments=True))
