@@ -33,6 +33,7 @@ FLOORS = (
     ("host",),
     ("doctor",),
     ("trial",),
+    ("authoring",),
     ("demo",),
     ("selftest",),
     ("cli",),
