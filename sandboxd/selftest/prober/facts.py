@@ -12,7 +12,8 @@ from collections.abc import Callable
 from sandboxd.selftest.prober.probe import HOST, Plan, add
 
 _THREAT = "Escape: facts of the host"
-_GENERIC = ("sandbox", "tool")
+#: An agent's host name, and of the tool that probes its own.
+_GENERIC = ("sandbox", "probe")
 _TIME = "time namespace"
 #: Seconds by which two clocks may differ that tell the same.
 _NEAR = 2.0
