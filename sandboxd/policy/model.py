@@ -70,6 +70,7 @@ Feature = Literal[
     "ipc_namespace",
     "uts_namespace",
     "cgroup_namespace",
+    "time_namespace",
     "landlock",
     "seccomp",
     "cgroup",
