@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from asking_agent import SECRET, Asking, answers, text
-from real_daemon import directories, until
+from hook_servers import Server, make_certificates, serving
+from real_daemon import BROKER_UID, directories, until
 
 from sandboxd.errors import Conflict
 
+KEY = b"0123456789abcdef0123456789abcdef"
+
 
 @pytest.fixture(scope="module")
-def _shared() -> Iterator[Asking]:
+def told() -> Iterator[Server]:
+    """Who the daemon's webhook tells, over TLS."""
+    with tempfile.TemporaryDirectory(prefix="sbx-hook", dir="/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o777)
+        ca, certificate = make_certificates(directory)
+        ca.chmod(0o644)
+        key = directory / "key"
+        key.write_bytes(KEY)
+        key.chmod(0o400)
+        with serving(certificate) as server:
+            server.directory = directory
+            yield server
+
+
+def hooked(told: Server, url: str) -> str:
+    directory = told.directory
+    script = "cat > $0/new && id -u >> $0/new && mv $0/new $0/notice"
+    return f"""\
+        version: 1
+        approvals:
+          webhook:
+            url: {url}
+            secret_file: {directory}/key
+            ca_file: {directory}/ca.pem
+          command:
+            argv: [/bin/sh, -c, "{script}", {directory}]
+    """
+
+
+@pytest.fixture(scope="module")
+def _shared(told: Server) -> Iterator[Asking]:
     with directories() as daemon:
         shared = Asking(daemon)
         shared.configure()
+        daemon.write("sandboxd.yaml", hooked(told, told.url))
         daemon.start()
         yield shared
 
@@ -232,6 +272,51 @@ def test_a_stopping_daemon_withdraws_what_waits(asking: Asking) -> None:
         log = (daemon.paths.audit / "audit.jsonl").read_text().splitlines()
         recorded = [r["event"] for r in map(json.loads, log) if r.get("session") == row["session"]]
         assert recorded[-2:] == ["approval.withdrawn", "session.ended"]
+
+
+def test_hooks_are_told_over_tls_and_signed(asking: Asking, told: Server) -> None:
+    notice = told.directory / "notice"
+    notice.unlink(missing_ok=True)
+    agent = asking.start(("call", "ask", {"word": "hook"}))
+    (row,) = asking.waiting()
+    until(notice.exists)
+    asking.daemon.call("approvals.deny", id=row["id"])
+    asking.end(agent)
+    mine: dict[str, Any] = {}
+
+    def both() -> bool:
+        for _, headers, body in told.requests:
+            if headers["webhook-id"].startswith(row["id"]):
+                mine[headers["webhook-id"].partition(".")[2]] = (headers, body)
+        return len(mine) == 2
+
+    until(both)
+    for headers, body in mine.values():
+        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+        mac = base64.b64encode(hmac.digest(KEY, signed, "sha256")).decode()
+        assert headers["webhook-signature"] == f"v1,{mac}"
+    assert json.loads(mine["ended"][1])["data"]["outcome"] == "denied"
+    asked = json.loads(mine["asked"][1])["data"]
+    assert (asked["digest"], asked["secrets"]) == (row["digest"], ["TOKEN"])
+    said, user = notice.read_text().rsplit("}", 1)
+    local = json.loads(said + "}")["data"]
+    assert (local["id"], local["arguments"]) == (row["id"], '{\n  "word": "hook"\n}')
+    assert int(user) == (BROKER_UID if os.geteuid() == 0 else os.geteuid())
+    assert SECRET not in str(told.requests) + notice.read_text()
+
+
+def test_a_webhook_that_is_down_holds_nothing_up(asking: Asking, told: Server) -> None:
+    asking.daemon.write("sandboxd.yaml", hooked(told, "https://127.0.0.1:9/"))
+    asking.daemon.call("reload")
+    before = len(told.requests)
+    agent = asking.start(("call", "ask", {"word": "down"}))
+    (row,) = asking.waiting()
+    asking.daemon.call("approvals.approve", id=row["id"])
+    (result,) = answers(asking.end(agent))
+    assert text(result) == "down [redacted:TOKEN]\n"
+    assert len([r for r in told.requests[before:] if row["id"] in r[1]["webhook-id"]]) == 0
+    asking.daemon.write("sandboxd.yaml", hooked(told, told.url))
+    asking.daemon.call("reload")
 
 
 def test_watching_tells_each_question_and_each_end(asking: Asking) -> None:

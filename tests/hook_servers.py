@@ -23,6 +23,7 @@ class Server:
     """What came in, and how the next requests are answered: a status each, 204 in the end."""
 
     url: str = ""
+    directory: Path = Path()
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     #: Requests wait for this before they are answered.
