@@ -167,8 +167,10 @@ def _events(fds: list[int], seen: _Seen, seconds: float) -> Iterator[dict[str, A
     while buffers:
         ready, _, _ = select.select(list(buffers), [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            seen.problems.append(f"the prober was not done after {seconds:.0f} s"
-                " (a slow host may get more time: --patience)")
+            seen.problems.append(
+                f"the prober was not done after {seconds:.0f} s"
+                " (a slow host may get more time: --patience)"
+            )
             return
         for fd in ready:
             data = os.read(fd, 1 << 16)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import tests_inside
+from vm_inside import run_inside
 from vm_machine import Begun, Done, Machine
 
 from sandboxd.selftest.prober.catalogue import PROBES
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.vm
 MODES = ("root", "user")
 _SECONDS = 900
 #: How an ordinary user gets cgroups: docs/systemd.md.
-_DELEGATED = 'XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemd-run -q --user --scope -p Delegate=yes '
+_DELEGATED = (
+    "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemd-run -q --user --scope -p Delegate=yes "
+)
 #: A selftest of a daemon whose sandboxes share the host's network and IPC.
 HOLES = """
 import argparse, sys
@@ -116,9 +118,7 @@ def test_most_controls_are_the_probe_itself_where_it_is_allowed(shows: Shows, mo
 
 
 def test_a_hole_in_the_machines_sandboxes_fails_this_very_check(machine: Machine) -> None:
-    done = machine.run(
-        "/opt/sandboxd/bin/python", "-", stdin=HOLES, check=False, timeout=_SECONDS
-    )
+    done = machine.run("/opt/sandboxd/bin/python", "-", stdin=HOLES, check=False, timeout=_SECONDS)
     told = printed(done)
     assert done.status == 1
     through = {row["name"] for row in told["rows"] if row["state"] == "got through"}
@@ -128,7 +128,7 @@ def test_a_hole_in_the_machines_sandboxes_fails_this_very_check(machine: Machine
 
 
 def test_the_static_prober_is_refused_by_every_abi(machine: Machine) -> None:
-    outcomes = tests_inside(machine, "tests/escape/test_static_prober.py")
+    outcomes = run_inside(machine, "tests/escape/test_static_prober.py")
     outcomes.check()
     assert not outcomes.skipped
     assert "test_every_way_into_the_kernel_is_filtered[agent]" in outcomes.passed

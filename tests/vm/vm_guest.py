@@ -24,11 +24,11 @@ _ENVIRONMENT = {
 def main(port: str) -> None:
     """Serve the other end of ``port`` for ever."""
     answering = threading.Lock()
-    with open(port, "r+b", buffering=0) as channel:
-        _say(channel, answering, {"id": 0})
-        lines = open(channel.fileno(), "rb", closefd=False)
-        for line in lines:
-            threading.Thread(target=_run, args=(json.loads(line), channel, answering)).start()
+    with open(port, "r+b", buffering=0) as channel:  # the kernel lets one open it
+        with open(channel.fileno(), "rb", closefd=False) as commands:
+            _say(channel, answering, {"id": 0})
+            for line in commands:
+                threading.Thread(target=_run, args=(json.loads(line), channel, answering)).start()
 
 
 def _run(wanted: dict[str, Any], channel: BinaryIO, answering: threading.Lock) -> None:

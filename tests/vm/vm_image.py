@@ -27,7 +27,6 @@ CARRIED = "/opt/carried"
 #: pytest and what else the tests import, beside the product's own environment.
 TEST_PACKAGES = "/opt/tests"
 
-_TESTERS = ("pytest", "pytest-trio", "hypothesis")
 _GUEST = (Path(__file__).parent / "vm_guest.py").read_text()
 _UNIT = f"""
 [Unit]
@@ -46,8 +45,9 @@ TimeoutStartSec=infinity
 WantedBy=default.target
 """
 #: Nothing here needs them, and each takes seconds on an emulated processor.
-_MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
-           "fstrim.timer", "systemd-timesyncd.service")  # fmt: skip
+_MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer",
+           "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer",
+           "systemd-timesyncd.service")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def image() -> Image:
         if not root.is_dir():
             with debian.building(root) as made:
                 debian.debootstrap(made, PACKAGES)
-        recipe = debian.digest(*debian.dependencies("dev"), _GUEST, _UNIT, str(RECIPE))
+        recipe = debian.digest(*debian.dependencies(), *_testers(), _GUEST, _UNIT, *_MASKED)
         installed = cache / f"image-{recipe}"
         if not installed.is_dir():
             for stale in cache.glob("image-*"):
@@ -77,7 +77,7 @@ def image() -> Image:
 
 
 def carried(to: Path) -> Path:
-    """The second disk: the sources, today's wheel in ``dist``, and the prober that lies in ``to``."""
+    """The second disk: the sources, today's wheel in ``dist``, and the prober from ``to``."""
     wheel = debian.build_wheel(to / "dist")
     disk = to / "carried.tar"
     with tarfile.open(disk, "w", format=tarfile.PAX_FORMAT) as archive:
@@ -87,6 +87,12 @@ def carried(to: Path) -> Path:
         archive.add(wheel, f"dist/{wheel.name}", filter=_as_root)
         archive.add(to / "prober", "prober", filter=_as_root)
     return disk
+
+
+def _testers() -> list[str]:
+    """pytest and what else the tests import, as the project pins them."""
+    wanted = ("pytest>", "pytest-trio", "hypothesis")
+    return [line for line in debian.dependencies("dev") if line.startswith(wanted)]
 
 
 def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -102,9 +108,8 @@ def _install(base: Path, to: Path) -> None:
     root = to / "root"
     debian.do("cp", "-a", str(base), str(root))
     debian.install_dependencies(root)
-    testers = [line for line in debian.dependencies("dev") if line.startswith(_TESTERS)]
     debian.do(sys.executable, "-m", "pip", "install", "-q", "--target",
-              str(root / TEST_PACKAGES[1:]), *testers)  # fmt: skip
+              str(root / TEST_PACKAGES[1:]), *_testers())  # fmt: skip
     (root / "opt/guest.py").write_text(_GUEST)
     (root / "etc/systemd/system/tests.service").write_text(_UNIT)
     (root / "etc/hostname").write_text("sandboxd-vm\n")

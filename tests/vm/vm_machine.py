@@ -19,8 +19,6 @@ from vm_image import CHANNEL, Image
 
 #: Seconds from switching on to the first command; a quiet machine takes 40.
 BOOT_SECONDS = 400
-#: How much slower than here programs run in there, for limits of time.
-_SLOW = 20
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,7 @@ def booted(image: Image, carried: Path, at: Path) -> Iterator[Machine]:
     path = at / "channel"
     console = at / "console.log"
     command = [
+        "setpriv", "--pdeathsig", "KILL", "--",  # its parent may be killed, too
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
         "-m", "2048", "-nodefaults", "-no-reboot", "-display", "none", "-monitor", "none",
         "-kernel", str(image.kernel), "-initrd", str(image.initrd),
