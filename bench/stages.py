@@ -18,7 +18,7 @@ from bench import stage
 from bench.traced import Span
 from bench.walls import holes, own_namespaces, weaker
 
-__all__ = ["account", "measure", "table"]
+__all__ = ["account", "measure", "shortened", "table"]
 
 _BETWEEN = "between"
 #: Stages that only hold others.
@@ -68,6 +68,22 @@ def account(spans: Iterable[Span], began: int, ended: int) -> dict[str, int]:
         else:
             found[f"{_BETWEEN}: after {previous}" if previous else _BETWEEN] += last - first
     return dict(found)
+
+
+def shortened(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For a document: the event loop's moments together, and what is below one part in 100."""
+    small = [line for line in rows if abs(line["share"]) < 0.01]
+    loop = [line for line in rows if line["stage"].startswith(_BETWEEN) and line not in small]
+    kept = [line for line in rows if line not in small and line not in loop]
+    for name, several in (("event loop, between stages", loop), ("all others", small)):
+        kept.append(
+            {
+                "stage": name,
+                "mean_ms": sum(line["mean_ms"] for line in several),
+                "share": sum(line["share"] for line in several),
+            }
+        )
+    return kept
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -63,6 +63,9 @@ def test_stages_account_for_a_whole_call(
     assert told["missing"] == [], "the broker's functions have moved: see bench/traced.py, HOOKS"
     assert told["calls"] == 3
     found = {line["stage"] for line in told["stages"]}
+    short = stages.shortened(told["stages"])
+    assert sum(line["share"] for line in short) == pytest.approx(1)
+    assert short[-1]["stage"] == "all others"
     assert {"parse", "decide", "record call.decided", "fdatasync", "unseal", "launch", "run",
             "redact", "record call.ended", "encode", "write"} <= found  # fmt: skip
     assert sum(line["share"] for line in told["stages"]) == pytest.approx(1)
