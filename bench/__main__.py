@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what == ["install"]:
         return install()
     if what == ["stages"]:
-        figures = trio.run(partial(stages.measure, options.runs, profile=options.profile))
+        if options.profile:
+            figures = trio.run(stages.profile, options.runs)
+            return _tell(figures, stages.profile_table(figures), options.json)
+        figures = trio.run(stages.measure, options.runs)
         return _tell(figures, stages.table(figures), options.json)
     if what == ["leaks"]:
         figures = trio.run(leaks.count, options.runs)

@@ -72,6 +72,17 @@ def test_stages_account_for_a_whole_call(
     assert "socket, and the caller" in capsys.readouterr().out
 
 
+def test_a_profile_shares_out_the_cpu_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "profile.json"
+    assert main(["stages", "--profile", "--runs", "3", "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert {"trio", "mcp", "sandboxd.broker"} <= {line["name"] for line in told["packages"]}
+    assert told["functions"][0]["cpu"] > 0
+    assert "times a call" in capsys.readouterr().out
+
+
 def test_every_moment_belongs_to_one_stage() -> None:
     spans = [("a", 10, 40), ("b", 20, 30), ("late", 55, 90), ("call", 0, 60)]
     assert stages.account(spans, 0, 60) == {
