@@ -116,16 +116,15 @@ def _serve() -> int:
 
 def _profile_from_first(profile: Any) -> list[str]:
     """Begin with the first message of an agent: what the start of the daemon costs is not asked."""
-    from sandboxd.broker import mcp
-
+    mcp: Any = importlib.import_module("sandboxd.broker.mcp")
     parse = mcp.parse
 
     def parse_first(line: bytes) -> Any:
-        setattr(mcp, "parse", parse)  # noqa: B010
+        mcp.parse = parse
         profile.enable()
         return parse(line)
 
-    setattr(mcp, "parse", parse_first)  # noqa: B010
+    mcp.parse = parse_first
     return []
 
 
