@@ -94,22 +94,31 @@ class Matcher:
         spans: list[Span] = []
         opens: list[Open] = []
         self._look(_Look(text, spans, opens))
-        cut = unfinished(text)
+        cut = hold = unfinished(text)
         for begin, end in self._windows(text, cut):
             look = _Look(text[begin:end], spans, opens, begin, last=end == cut)
             if end == cut < len(text):
                 self._look(look)
-            for _ in range(_ROUNDS):
-                view = unescape(look.data)
-                if view is None:
-                    break
-                look = look.through(view)
-                self._look(look)
-        hold = min((entry.start for entry in opens), default=cut)
-        hold = min(hold, cut)
+            hold = min(hold, self._decode(look))
+        hold = min(hold, min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)
         return Found(spans, opens, hold)
+
+    def _decode(self, look: _Look) -> int:
+        """Look again as often as something was decoded; where an escape is that the end cuts."""
+        hold = look.begin + len(look.data)
+        for _ in range(_ROUNDS):
+            view = unescape(look.data)
+            if view is None:
+                break
+            look = look.through(view)
+            cut = unfinished(view.data) if look.last else len(view.data)
+            if cut < len(view.data):
+                hold = min(hold, look.place(cut, cut + 1)[0])
+                look = look._replace(data=view.data[:cut])
+            self._look(look)
+        return hold
 
     def _windows(self, text: bytes, cut: int) -> Iterator[tuple[int, int]]:
         """Parts of the text up to ``cut`` whose escapes can be within an occurrence."""
@@ -203,7 +212,7 @@ class _Lens:
             if head is not None:
                 start = self._from_end(data, len(tail) - at)
                 if len(data) - start <= self._widest:
-                    yield start, len(data), head, len(tail) - at
+                    yield start, len(data), head, head.told(len(tail) - at, self._drops)
                 break
 
     def _from_end(self, data: bytes, count: int) -> int:
@@ -231,7 +240,7 @@ def _compare(form: Form, data: bytes, start: int) -> tuple[int, int]:
         kept = compress(range(len(window)), window.translate(KEPT[form.drops]))
         return start + next(islice(kept, size - 1, None)) + 1, 0
     if exact.startswith(text) and start + form.reach > len(data):
-        return len(data), len(text)
+        return len(data), form.told(len(text), form.drops)
     return 0, 0
 
 
