@@ -94,34 +94,35 @@ class Matcher:
         spans: list[Span] = []
         opens: list[Open] = []
         self._look(_Look(text, spans, opens))
-        cut = hold = unfinished(text)
+        hold = cut = unfinished(text)
         for begin, end in self._windows(text, cut):
-            look = _Look(text[begin:end], spans, opens, begin, last=end == cut)
-            if end == cut < len(text):
-                self._look(look)
-            hold = min(hold, self._decode(look))
+            look = _Look(text[begin:end], spans, opens, begin, last=end == len(text))
+            hold = min(hold, self._decode(look, _ROUNDS))
         hold = min(hold, min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)
         return Found(spans, opens, hold)
 
-    def _decode(self, look: _Look) -> int:
-        """Look again as often as something was decoded; where an escape is that the end cuts."""
+    def _decode(self, look: _Look, rounds: int) -> int:
+        """Look at it decoded, as often as it is nested; where an escape is that the end cuts."""
         hold = look.begin + len(look.data)
-        for _ in range(_ROUNDS):
-            view = unescape(look.data)
-            if view is None:
-                break
-            look = look.through(view)
-            cut = unfinished(view.data) if look.last else len(view.data)
-            if cut < len(view.data):
-                hold = min(hold, look.place(cut, cut + 1)[0])
-                look = look._replace(data=view.data[:cut])
-            self._look(look)
+        looks = [look]
+        cut = unfinished(look.data) if look.last else len(look.data)
+        if cut < len(look.data):
+            # Both as if nothing followed and as if the escape went on.
+            hold = look.place(cut, cut + 1)[0]
+            looks.append(look._replace(data=look.data[:cut]))
+            self._look(looks[1])
+        for each in looks if rounds else ():
+            view = unescape(each.data)
+            if view is not None:
+                deeper = each.through(view)
+                self._look(deeper)
+                hold = min(hold, self._decode(deeper, rounds - 1))
         return hold
 
     def _windows(self, text: bytes, cut: int) -> Iterator[tuple[int, int]]:
-        """Parts of the text up to ``cut`` whose escapes can be within an occurrence."""
+        """Parts of the text whose escapes can be within an occurrence, or cut at the end."""
         places = escapes(text)
         if cut < len(text):
             places.append(cut)
@@ -132,10 +133,10 @@ class Matcher:
                     yield begin, end
                 begin = align(text, place - self._widest)
             end = max(end, place + self._widest)
-            if end >= cut:
+            if end >= len(text):
                 break
         if begin < end:
-            yield begin, min(end, cut)
+            yield begin, min(end, len(text))
 
     def _look(self, look: _Look) -> None:
         for lens in self._lenses:
