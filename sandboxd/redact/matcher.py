@@ -14,7 +14,7 @@ from itertools import compress, islice
 from typing import Any, NamedTuple
 
 from sandboxd.redact.encodings import ANCHOR, CANON, CANON_DROPS, KEPT, Form, forms
-from sandboxd.redact.unescape import View, align, escapes, unescape, unfinished
+from sandboxd.redact.unescape import View, align, escapes, unescape, unescape_apart, unfinished
 from sandboxd.secret import Secret
 
 #: Without it, where no build of it exists, the search is slower and finds the same.
@@ -98,6 +98,8 @@ class Matcher:
         for begin, end in self._windows(text, cut):
             look = _Look(text[begin:end], spans, opens, begin, last=end == len(text))
             hold = min(hold, self._decode(look, _ROUNDS))
+            for view in unescape_apart(look.data):
+                self._look(look.through(view))
         hold = min(hold, min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)

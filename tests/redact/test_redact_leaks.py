@@ -87,6 +87,8 @@ def test_no_split_of_any_encoding_leaks_eight_characters(
     around: tuple[bytes, bytes],
 ) -> None:
     spelling = ALL[name](value)
+    # A backslash before the value makes another character of its first, for every reader.
+    assume(around[0] != b"\\" or value[0] not in "nrtbfvaeuUx01234567\\")
     stdout, stderr, watched, hits = shown(spelling, cuts, streams, relaxes, around, value)
     assert hits
     for window in spelling.windows(value):
