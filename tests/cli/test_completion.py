@@ -32,7 +32,7 @@ CASES = [
     ("sandboxctl policy explain sh ht", {"http_request"}, {"shell"}),
     ("sandboxctl policy ", {"check", "explain", "diff"}, {"lint"}),
     ("sandboxctl tools show ht", {"http_request"}, {"shell"}),
-    ("sandboxctl tools lint --s", {"--strict"}, {"--files"}),
+    ("sandboxctl tools lint --str", {"--strict"}, {"--files"}),
     ("sandboxctl completion ", {"bash", "zsh", "fish"}, set()),
     ("sandboxctl run sh -- o", set(), {"other"}),
 ]
