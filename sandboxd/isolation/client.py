@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import trio
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
+from sandboxd.isolation.reuse import template_key, template_suits
 from sandboxd.isolation.wire import (
     FRAME,
     MAX_SPEC,
@@ -128,6 +129,9 @@ class Launcher:
         if len(extra) != len(spec.extra_fds):
             raise Invalid("a launch needs one descriptor for each of its extra_fds")
         data = encode_spec(spec)
+        words = ""
+        if spec.template and template_suits(spec):
+            words = f"{spec.template}\t{template_key(spec)}"
         if len(data) > MAX_SPEC:
             raise _failure(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
         async with self._starting:
@@ -137,7 +141,9 @@ class Launcher:
             self._processes[process._number] = process
             try:
                 fds = (memfd, stdin, stdout, stderr, *extra)
-                await self.send(Frame(Kind.LAUNCH, process._number, len(fds)), *fds)
+                await self.send(
+                    Frame(Kind.LAUNCH, process._number, len(fds), text=words), *fds
+                )
             except BaseException:
                 self._processes.pop(process._number, None)
                 raise
@@ -145,6 +151,12 @@ class Launcher:
                 os.close(memfd)
             await self._await_start(process)
         return process
+
+    async def retire(self, group: str) -> None:
+        """End the templates of a group: the idle ones now, the others after their call."""
+        if not self.gone.is_set():
+            with contextlib.suppress(Unavailable):  # it ended them with itself
+                await self.send(Frame(Kind.RETIRE, 0, text=group))
 
     async def _await_start(self, process: Process) -> None:
         try:

@@ -19,12 +19,14 @@ import selectors
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation import kernel
 from sandboxd.isolation.sandbox import enter, prepare
+from sandboxd.isolation.templates import Templates
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
 
 __all__ = ["fork_launcher", "main", "serve"]
@@ -151,7 +153,8 @@ class _Launcher:
     def __init__(self, sock: socket.socket, *, privileged: bool) -> None:
         self.sock, self.privileged = sock, privileged
         self.sandboxes: dict[int, _Sandbox] = {}
-        self.selector = selectors.DefaultSelector()
+        self.selector: selectors.BaseSelector = selectors.DefaultSelector()
+        self.templates = Templates(self._fork_init, self._send, self.selector, privileged)
         self.own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self.arguments = kernel.argument_area()
         self.serving = True
@@ -168,7 +171,7 @@ class _Launcher:
         gc.collect()
         gc.freeze()
         while self.serving:
-            for key, _ in self.selector.select():
+            for key, _ in self.selector.select(self.templates.expire()):
                 # An earlier event of the same batch may have closed it, or reused its number.
                 if self.selector.get_map().get(key.fd) is key:
                     key.data()
@@ -208,43 +211,45 @@ class _Launcher:
 
     def _answer(self, frame: Frame, fds: list[int], *, lost_fds: bool) -> None:
         if frame.kind is Kind.LAUNCH:
-            if frame.number == 0 or frame.number in self.sandboxes:
+            number = frame.number
+            if number == 0 or number in self.sandboxes or number in self.templates:
                 return  # its report would be taken for another's
             if lost_fds:
                 self._fail(frame.number, KernelError("recvmsg", errno.EMFILE, "launch frame"))
             elif frame.a != len(fds) or len(fds) < 4:
                 self._fail(frame.number, KernelError("recvmsg", errno.EBADMSG, "launch frame"))
+            elif frame.text:
+                self._launch_in_template(frame, fds)
             else:
                 self._launch(frame.number, fds)
         elif frame.kind is Kind.SIGNAL:
             self._signal(frame.number, frame.a)
         elif frame.kind is Kind.KILL:
             self._signal(frame.number, signal.SIGKILL)
+        elif frame.kind is Kind.RETIRE:
+            self.templates.retire(frame.text)
+
+    def _launch_in_template(self, frame: Frame, fds: list[int]) -> None:
+        try:
+            self.templates.launch(frame.number, frame.text, fds)
+        except SandboxdError as failure:
+            self._fail(frame.number, failure)
+        except OSError as failure:
+            self._fail(frame.number, KernelError("fork", failure.errno or 0))
 
     def _launch(self, number: int, fds: list[int]) -> None:
         read = write = -1
         try:
-            # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
-            kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
-            kernel.unshare(kernel.CLONE_NEWPID)
             read, write = os.pipe2(os.O_CLOEXEC)
-            pid = os.fork()
-            if pid == 0:
-                gc.disable()
-                kernel.set_title(self.arguments, "sandboxd-init")
-                enter(number, fds, write, privileged=self.privileged)
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise
-        except SandboxdError as failure:
-            self._fail(number, failure)
-        except OSError as failure:
+            pid, pidfd = self._fork_init(
+                lambda: enter(number, fds, write, privileged=self.privileged)
+            )
+        except (SandboxdError, OSError) as failure:
             if read >= 0:
                 os.close(read)
-            self._fail(number, KernelError("fork", failure.errno or 0))
+            if isinstance(failure, OSError):
+                failure = KernelError("fork", failure.errno or 0)
+            self._fail(number, failure)
         else:
             sandbox = _Sandbox(number, pid, pidfd, read)
             self.sandboxes[number] = sandbox
@@ -253,6 +258,23 @@ class _Launcher:
         finally:
             if write >= 0:
                 os.close(write)
+
+    def _fork_init(self, run: Callable[[], NoReturn]) -> tuple[int, int]:
+        """Fork pid 1 of a new pid namespace, which does ``run``. Its pid and pidfd."""
+        # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
+        kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
+        kernel.unshare(kernel.CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            gc.disable()
+            kernel.set_title(self.arguments, "sandboxd-init")
+            run()
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
 
     def _on_report(self, sandbox: _Sandbox) -> None:
         data = os.read(sandbox.report, FRAME.size)
@@ -283,8 +305,11 @@ class _Launcher:
             self._fail(sandbox.number, KernelError("setup", errno.ECHILD, "killed while starting"))
 
     def _signal(self, number: int, signum: int) -> None:
+        if signum not in _SIGNALS:
+            return
+        self.templates.signal(number, signum)
         sandbox = self.sandboxes.get(number)
-        if sandbox is not None and signum in _SIGNALS:
+        if sandbox is not None:
             with contextlib.suppress(OSError):  # it has just ended
                 signal.pidfd_send_signal(sandbox.pidfd, signum)
 

@@ -20,7 +20,10 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 
-__all__ = ["Root", "system_layout"]
+__all__ = ["DELIVERED", "Root", "memory_bounds", "private_places", "system_layout"]
+
+#: Below it a template's calls get their files.
+DELIVERED = "/run"
 
 #: Programs and libraries. A host path that is a symbolic link (/bin -> usr/bin on merged-/usr
 #: systems) is copied as a link.
@@ -85,10 +88,22 @@ _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_
 
 
 class Root:
-    """One sandbox's root directory. Call :meth:`build`, then :meth:`pivot`."""
+    """One sandbox's root directory. Call :meth:`build`, then :meth:`pivot`.
 
-    def __init__(self, spec: LaunchSpec, uid: int, *, inside_id: int, privileged: bool) -> None:
-        self.spec, self.uid, self.inside_id = spec, uid, inside_id
+    A ``lasting`` one is a template's: in place of private memory and delivered files it has empty
+    directories, on which each call mounts its own.
+    """
+
+    def __init__(
+        self,
+        spec: LaunchSpec,
+        uid: int,
+        *,
+        inside_id: int,
+        privileged: bool,
+        lasting: bool = False,
+    ) -> None:
+        self.spec, self.uid, self.inside_id, self.lasting = spec, uid, inside_id, lasting
         self.gid = uid if privileged else os.getegid()
         self.privileged = privileged
         self.fd = -1
@@ -117,8 +132,9 @@ class Root:
             self._place_own(path, tree)
         for path, target in links:
             os.symlink(target, path.lstrip("/"), dir_fd=self.fd)
-        self._private("tmp", 0o1777)
-        self._private(f"home/{self.spec.user}", 0o700)
+        for path, mode in private_places(self.spec):
+            if not path.startswith("/dev/"):
+                self._private(path.strip("/"), mode)
         self._devices(devices)
         sysctl = self._proc(masks)
         self._etc()
@@ -127,7 +143,10 @@ class Root:
         for mount, tree in trees:
             self._place(tree, mount.target)
         for file in self.spec.files:
-            self._file(file.path, file.content, file.mode)
+            if self.lasting:
+                self._make_directories(DELIVERED.strip("/"))
+            else:
+                self._file(file.path, file.content, file.mode)
         kernel.set_mount_attributes(self.fd, kernel.MOUNT_ATTR_RDONLY, recursive=False)
         return sysctl
 
@@ -183,15 +202,12 @@ class Root:
 
     def _private(self, path: str, mode: int) -> None:
         """Memory of the sandbox's own at ``path``, bounded in bytes and inodes (tmpfs(5))."""
-        size = self.spec.limits.tmp_size
+        if self.lasting:
+            self._make_directories(path)
+            return
+        bounds = memory_bounds(self.spec)
         tree = kernel.mount_filesystem(
-            "tmpfs",
-            _LOCKED,
-            mode=f"{mode:04o}",
-            size=str(size),
-            nr_inodes=str(max(1024, size >> 12)),
-            uid=str(self.uid),
-            gid=str(self.gid),
+            "tmpfs", _LOCKED, mode=f"{mode:04o}", uid=str(self.uid), gid=str(self.gid), **bounds
         )
         self.memory.add(os.fstat(tree).st_dev)
         self._place_own(path, tree)
@@ -203,7 +219,9 @@ class Root:
             self._place_own(f"dev/{name}", device)
         for name, target in _DEVICE_LINKS.items():
             os.symlink(target, name, dir_fd=dev)
-        self._private("dev/shm", 0o1777)
+        for path, mode in private_places(self.spec):
+            if path.startswith("/dev/"):
+                self._private(path.strip("/"), mode)
         pts = kernel.mount_filesystem(
             "devpts", kernel.MOUNT_ATTR_NOSUID, newinstance=None, ptmxmode="0666", mode="0620"
         )
@@ -349,6 +367,17 @@ class Root:
         parent = os.fstat(at)
         if parent.st_uid == self.uid and parent.st_dev in self.memory:
             os.chown(name, self.uid, self.gid, dir_fd=at, follow_symlinks=False)
+
+
+def private_places(spec: LaunchSpec) -> tuple[tuple[str, int], ...]:
+    """Where a sandbox has memory of its own to write to, and with which mode."""
+    return (("/tmp", 0o1777), (f"/home/{spec.user}", 0o700), ("/dev/shm", 0o1777))  # noqa: S108
+
+
+def memory_bounds(spec: LaunchSpec) -> dict[str, str]:
+    """The bounds of each such place in bytes and inodes, as mount options (tmpfs(5))."""
+    size = spec.limits.tmp_size
+    return {"size": str(size), "nr_inodes": str(max(1024, size >> 12))}
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from sandboxd.isolation.wire import (
     failed,
 )
 
-__all__ = ["INSIDE_ID", "enter", "prepare"]
+__all__ = ["INSIDE_ID", "SIGNALS", "build", "enter", "limit", "prepare", "setup_failed"]
 
 #: The user and group id that every sandboxed program sees as its own.
 INSIDE_ID = 1000
@@ -46,14 +46,14 @@ _NAMESPACES = (
     | kernel.CLONE_NEWCGROUP
     | kernel.CLONE_NEWNET
 )
-_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 #: What Python and the launcher ignore or handle, and a program must not inherit.
 _OURS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def prepare() -> None:
     """Once, in the launcher: what would be the same for every sandbox to come."""
-    for number in _SIGNALS.difference(_OURS):
+    for number in SIGNALS.difference(_OURS):
         signal.signal(number, signal.SIG_DFL)
     system_layout()
 
@@ -65,7 +65,7 @@ def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> 
     to the pipe ``report`` as frames: STARTED once the program runs or FAILED, then EXITED.
     """
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         kernel.set_dumpable(False)
         spec = _read_spec(fds[0])
         kernel.close_all_but([report, *fds[1:]])
@@ -77,26 +77,24 @@ def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> 
     except SandboxdError as failure:
         _send(report, failed(number, failure))
     except BaseException as failure:  # the last frame of this process: nobody else can report it
-        code = failure.errno if isinstance(failure, OSError) and failure.errno else errno.EINVAL
-        # Only the class and the file: an exception's text may quote what it choked on.
-        path = failure.filename if isinstance(failure, OSError) else None
-        where = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
-        text = f"setup\t{type(failure).__name__} {where}".rstrip()
-        _send(report, Frame(Kind.FAILED, number, code, text=text))
+        _send(report, setup_failed(number, failure))
     os._exit(125)
+
+
+def setup_failed(number: int, failure: BaseException) -> Frame:
+    """The FAILED frame of an exception that nobody foresaw."""
+    code = failure.errno if isinstance(failure, OSError) and failure.errno else errno.EINVAL
+    # Only the class and the file: an exception's text may quote what it choked on.
+    path = failure.filename if isinstance(failure, OSError) else None
+    where = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
+    text = f"setup\t{type(failure).__name__} {where}".rstrip()
+    return Frame(Kind.FAILED, number, code, text=text)
 
 
 def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
     """Build the sandbox around this process and start the program in it. Returns its pid."""
-    uid = spec.uid if privileged else os.geteuid()
-    network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
-    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
-    kernel.sethostname(spec.hostname)
-    kernel.join_new_keyring()
-    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged)
-    sysctl = root.build()
-    root.pivot()
-    _give_up_privileges(uid, sysctl, privileged=privileged)
+    build(spec, privileged=privileged)
+    kernel.drop_capabilities()
     try:
         os.chdir(spec.cwd)
     except OSError as failure:
@@ -104,7 +102,23 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
     return _spawn(spec, streams)
 
 
-def _give_up_privileges(uid: int, sysctl: int, *, privileged: bool) -> None:
+def build(spec: LaunchSpec, *, privileged: bool, lasting: bool = False) -> None:
+    """Put this process into namespaces and a root of its own, and make an ordinary user of it.
+
+    Capabilities are left in the innermost user namespace, which owns none of the others.
+    """
+    uid = spec.uid if privileged else os.geteuid()
+    network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
+    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
+    kernel.sethostname(spec.hostname)
+    kernel.join_new_keyring()
+    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged, lasting=lasting)
+    sysctl = root.build()
+    root.pivot()
+    _become_user(uid, sysctl, privileged=privileged)
+
+
+def _become_user(uid: int, sysctl: int, *, privileged: bool) -> None:
     """Become an ordinary user that no program can make more of."""
     if privileged:
         os.setgroups([])
@@ -126,7 +140,6 @@ def _give_up_privileges(uid: int, sysctl: int, *, privileged: bool) -> None:
     _write("user/max_user_namespaces", b"0", directory=sysctl)
     os.close(sysctl)
     kernel.no_new_privileges()
-    kernel.drop_capabilities()
 
 
 def _spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
@@ -162,7 +175,7 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
     kernel.close_all_but([*targets, done])
     if spec.tty:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    _limit(spec.limits)
+    limit(spec.limits)
     os.umask(0o022)
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
@@ -170,7 +183,8 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
     os.execve(spec.argv[0], spec.argv, dict(spec.env))
 
 
-def _limit(limits: Limits) -> None:
+def limit(limits: Limits) -> None:
+    """Set the resource limits of this process, never above those it has."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for kind, value in (
         (resource.RLIMIT_DATA, limits.memory),
@@ -189,7 +203,7 @@ def _limit(limits: Limits) -> None:
 def _be_init(number: int, program: int, report: int) -> NoReturn:
     """Reap, pass signals on, and end with the program: the kernel then kills the whole tree."""
     while True:
-        received = signal.sigwaitinfo(_SIGNALS).si_signo
+        received = signal.sigwaitinfo(SIGNALS).si_signo
         if received != signal.SIGCHLD:
             os.kill(program, received)
             continue

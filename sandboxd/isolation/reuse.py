@@ -1,0 +1,56 @@
+"""The broker's side of templates: which launches may use one, and what it must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from sandboxd.isolation.wire import FIRST_HIGH_FD, MAX_FDS, LaunchSpec, lasting_part
+
+__all__ = ["template_key", "template_suits"]
+
+#: Below these a template, under the same limits as its calls, had no room for itself.
+_LEAST_MEMORY = 48 << 20
+_LEAST_PROCESSES = 4
+_LEAST_FILES = 64
+
+
+def template_suits(spec: LaunchSpec) -> bool:
+    """Whether a template can give ``spec`` all that a sandbox made for it alone would.
+
+    Not where it needs a terminal, limits too small for the template itself, files outside /run,
+    or mounts where a call's own memory or files go.
+    """
+    limits = spec.limits
+    files = limits.open_files
+    largest = max((len(file.content) for file in spec.files), default=0)
+    if (
+        spec.tty
+        or 0 < limits.memory < _LEAST_MEMORY
+        or 0 < limits.processes < _LEAST_PROCESSES
+        or 0 < files < (FIRST_HIGH_FD + MAX_FDS if spec.extra_fds else _LEAST_FILES)
+        or 0 < limits.file_size < largest
+        or not all(file.path.startswith("/run/") for file in spec.files)
+        or len({file.path for file in spec.files}) < len(spec.files)
+    ):
+        return False
+    private = {"/tmp", "/home", f"/home/{spec.user}"}  # noqa: S108 - the sandbox's own
+    taken = {"dev", "run"} if spec.files else {"dev"}
+    targets = ["/" + mount.target.strip("/") for mount in spec.mounts]
+    return not any(target in private or target.split("/")[1] in taken for target in targets)
+
+
+def template_key(spec: LaunchSpec) -> str:
+    """Equal for launches that may share a template, and only for these.
+
+    A directory or program that was replaced since, by another of the same path, makes another.
+    """
+    digest = hashlib.sha256(lasting_part(spec))
+    for mount in spec.mounts:
+        try:
+            there = os.stat(mount.source)
+        except OSError as failure:
+            digest.update(b"-%d;" % (failure.errno or 0))
+        else:
+            digest.update(b"%d:%d;" % (there.st_dev, there.st_ino))
+    return digest.hexdigest()[:40]

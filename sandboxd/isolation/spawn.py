@@ -1,0 +1,177 @@
+"""posix_spawn(3) and its neighbours, for a process that must keep no copy of what it passes on.
+
+Python's own ``os.posix_spawn`` copies arguments and environment into memory that it frees but
+does not wipe. Here they are pointed to where they lie, in a mapping of the launch spec that goes
+away with the launch. The child is made by vfork and exec: no page table is copied.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sandboxd.errors import KernelError
+
+__all__ = [
+    "CAP_KILL",
+    "CAP_SYS_ADMIN",
+    "Mapping",
+    "clear_user_keyrings",
+    "drop_all_but",
+    "drop_held_capabilities",
+    "inherited_attributes",
+    "mapped",
+    "spawn",
+]
+
+CAP_KILL = 5
+CAP_SYS_ADMIN = 21
+
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_PR_SET_SECUREBITS = 28
+_KEYCTL_CLEAR = 7
+_KEYCTL_GET_PERSISTENT = 22
+_USER_KEYRINGS = (-4, -5)  # KEY_SPEC_USER_KEYRING, KEY_SPEC_USER_SESSION_KEYRING
+_PROCESS_KEYRING = -2
+
+_SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
+#: Larger than posix_spawnattr_t, posix_spawn_file_actions_t and sigset_t of any C library.
+_ROOM = 1024
+#: sched_getattr, keyctl
+_NUMBERS = {"x86_64": (315, 250), "aarch64": (275, 219), "riscv64": (275, 219)}
+
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+)  # fmt: skip
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Mapping:
+    """The bytes of a sealed memfd where the kernel keeps them: an address, and a view of it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address = address
+        self.view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+@contextmanager
+def mapped(fd: int, limit: int) -> Iterator[Mapping]:
+    """Map ``fd``, read-only, for the length of a ``with`` block. Keep no view beyond it."""
+    size = os.fstat(fd).st_size
+    if not 0 < size <= limit:
+        raise ValueError("a launch spec of no possible size")
+    flags = mmap.MAP_PRIVATE | mmap.MAP_POPULATE
+    address = _libc.mmap(None, size, mmap.PROT_READ, flags, fd, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise KernelError("mmap", ctypes.get_errno(), "launch spec")
+    there = Mapping(address, size)
+    try:
+        yield there
+    finally:
+        there.view.release()
+        _libc.munmap(address, size)
+
+
+class _Attributes:
+    """Made once: a new session, no signal blocked, the given ones at their defaults."""
+
+    def __init__(self, defaults: Iterable[int]) -> None:
+        self.data = ctypes.create_string_buffer(_ROOM)
+        signals = ctypes.create_string_buffer(_ROOM)
+        _libc.posix_spawnattr_init(self.data)
+        flags = _SETSIGDEF | _SETSIGMASK | _SETSID
+        _libc.posix_spawnattr_setflags(self.data, ctypes.c_short(flags))
+        _libc.sigemptyset(signals)
+        _libc.posix_spawnattr_setsigmask(self.data, signals)
+        for number in defaults:
+            _libc.sigaddset(signals, number)
+        _libc.posix_spawnattr_setsigdefault(self.data, signals)
+
+
+_attributes = _Attributes(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+
+
+def spawn(
+    program: int, argv: Sequence[int], env: Sequence[int], fds: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
+    """Start the program whose path, arguments and environment are C strings at these addresses.
+
+    ``fds`` are (source, target), no target being a later source; everything else must be
+    close-on-exec. Returns the pid and 0, or 0 and the errno of what failed.
+    """
+    actions = ctypes.create_string_buffer(_ROOM)
+    _libc.posix_spawn_file_actions_init(actions)
+    for source, target in fds:
+        _libc.posix_spawn_file_actions_adddup2(actions, source, target)
+    pid = ctypes.c_int(0)
+    code = _libc.posix_spawn(
+        ctypes.byref(pid),
+        ctypes.c_void_p(program),
+        actions,
+        _attributes.data,
+        (ctypes.c_void_p * (len(argv) + 1))(*argv, None),
+        (ctypes.c_void_p * (len(env) + 1))(*env, None),
+    )
+    _libc.posix_spawn_file_actions_destroy(actions)
+    return (0, code) if code else (pid.value, 0)
+
+
+def drop_all_but(*capabilities: int) -> None:
+    """Keep these permitted and effective; clear the rest for good, for what is executed too."""
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    # SECBIT_NOROOT, SECBIT_NO_SETUID_FIXUP, SECBIT_NO_CAP_AMBIENT_RAISE, each with its lock.
+    _libc.prctl(_PR_SET_SECUREBITS, ctypes.c_ulong(0xCF), 0, 0, 0)
+    low = sum(1 << capability for capability in capabilities)
+    _set_capabilities((ctypes.c_uint32 * 6)(low, low))
+
+
+def drop_held_capabilities() -> None:
+    """Empty the permitted, effective and inheritable sets of this thread (capset(2))."""
+    _set_capabilities((ctypes.c_uint32 * 6)())
+
+
+def _set_capabilities(data: Any) -> None:
+    if _libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), data) < 0:
+        raise KernelError("capset", ctypes.get_errno())
+
+
+def clear_user_keyrings() -> None:
+    """Empty the keyrings that outlive the processes of this user, in its user namespace."""
+    _, keyctl = _NUMBERS[os.uname().machine]
+    for ring in _USER_KEYRINGS:
+        _libc.syscall(keyctl, _KEYCTL_CLEAR, ring)
+    ring = _libc.syscall(keyctl, _KEYCTL_GET_PERSISTENT, -1, _PROCESS_KEYRING)
+    if ring > 0:
+        _libc.syscall(keyctl, _KEYCTL_CLEAR, ring)
+
+
+def inherited_attributes() -> tuple[object, ...]:
+    """What a process of the same user may change of this one, and its children would inherit.
+
+    Limits (prlimit(2)), policy, priority, clamps (sched_setattr(2)), CPUs (sched_setaffinity(2)).
+    """
+    number, _ = _NUMBERS[os.uname().machine]
+    scheduling = ctypes.create_string_buffer(128)
+    _libc.syscall(number, 0, scheduling, len(scheduling), 0)
+    return (
+        scheduling.raw,
+        os.sched_getaffinity(0),
+        *(resource.getrlimit(kind) for kind in _LIMITS),
+    )
+
+
+_LIMITS = tuple(
+    sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
+)
