@@ -141,9 +141,7 @@ class Launcher:
             self._processes[process._number] = process
             try:
                 fds = (memfd, stdin, stdout, stderr, *extra)
-                await self.send(
-                    Frame(Kind.LAUNCH, process._number, len(fds), text=words), *fds
-                )
+                await self.send(Frame(Kind.LAUNCH, process._number, len(fds), text=words), *fds)
             except BaseException:
                 self._processes.pop(process._number, None)
                 raise

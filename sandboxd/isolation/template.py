@@ -181,9 +181,7 @@ class _Template:
             except OSError as failure:
                 raise KernelError("open", failure.errno or 0, file.path) from None
         tree = kernel.clone_tree(kernel.AT_FDCWD, DELIVERED, recursive=False)
-        attributes = (
-            kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
-        )
+        attributes = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
         kernel.set_mount_attributes(tree, attributes, recursive=False, path=DELIVERED)
         kernel.move_mount(tree, kernel.AT_FDCWD, DELIVERED)
         os.close(tree)
@@ -256,7 +254,9 @@ class _Template:
         if spawn.inherited_attributes() != self.attributes:
             return True
         most = self.spec.limits.cpu_seconds
-        return bool(most) and _used(resource.RUSAGE_SELF) > most * 1e6 / 4  # the limit counts this process's own too
+        return (
+            bool(most) and _used(resource.RUSAGE_SELF) > most * 1e6 / 4
+        )  # the limit counts this process's own too
 
 
 def _reap(flags: int) -> tuple[int, int, float, int] | None:

@@ -194,4 +194,6 @@ class Templates:
                 cpu = int((usage.ru_utime + usage.ru_stime) * 1e6) - template.used
                 self.send(Frame(Kind.EXITED, number, signal.SIGKILL, cpu, usage.ru_maxrss))
             else:
-                self.send(failed(number, KernelError("setup", errno.ECHILD, "killed while starting")))
+                self.send(
+                    failed(number, KernelError("setup", errno.ECHILD, "killed while starting"))
+                )

@@ -94,6 +94,15 @@ class Running:
             assert chunk, f"ended before it was ready: {seen!r} {await self._rest(self._err)!r}"
             seen += chunk
 
+    async def line(self) -> bytes:
+        """The first line that the program prints, and whatever came with it."""
+        seen = b""
+        while b"\n" not in seen:
+            chunk = await self._out.receive_some()
+            assert chunk, f"ended before it said a line: {await self._rest(self._err)!r}"
+            seen += chunk
+        return seen
+
     async def end(self) -> Result:
         """Wait for the end; the output that is left, up to the closing of both pipes."""
         exited = await self.process.wait()
@@ -109,12 +118,13 @@ class Running:
 
 
 class Box:
-    """Runs programs in sandboxes of one launcher."""
+    """Runs programs in sandboxes of one launcher: made for each, or those of ``template``."""
 
     _uids = itertools.count(1_900_000_100)
 
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
+    def __init__(self, launcher: Launcher, template: str = "") -> None:
+        self.launcher, self.template = launcher, template
+        self._free: list[int] = []
 
     @property
     def user(self) -> int:
@@ -126,6 +136,7 @@ class Box:
 
     def spec(self, argv: Sequence[str | bytes], env: Iterable[str] = (), **more: Any) -> LaunchSpec:
         more.setdefault("uid", self.uid())
+        more.setdefault("template", self.template)
         pairs = [os.fsencode(item).split(b"=", 1) for item in env]
         return LaunchSpec(
             id="test",
@@ -139,6 +150,9 @@ class Box:
         self, *argv: str | bytes, extra: Sequence[int] = (), **more: Any
     ) -> AsyncIterator[Running]:
         """Start a program; killed at the end of the block if it still runs."""
+        # As the daemon does, so that one template serves one launch after another.
+        reused = self._free.pop() if self.template and self._free else self.uid()
+        uid = more.setdefault("uid", reused)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         out, out_end = os.pipe2(os.O_CLOEXEC)
         err, err_end = os.pipe2(os.O_CLOEXEC)
@@ -149,6 +163,7 @@ class Box:
         except BaseException:
             os.close(out)
             os.close(err)
+            self._free.append(uid)
             raise
         finally:
             for fd in (null, out_end, err_end):
@@ -162,6 +177,7 @@ class Box:
                     await process.kill()
                     await process.wait()
                 await running.aclose()
+            self._free.append(uid)
 
     async def run(self, *argv: str | bytes, **more: Any) -> Result:
         async with self.start(*argv, **more) as running:
@@ -170,6 +186,13 @@ class Box:
     async def sh(self, script: str, **more: Any) -> Result:
         more.setdefault("env", ["PATH=/usr/bin:/bin:/usr/sbin:/sbin"])
         return await self.run("/bin/sh", "-c", script, **more)
+
+    async def settle(self) -> None:
+        """End what is kept ready, until the launcher has no child left."""
+        await self.launcher.retire(self.template)
+        with trio.fail_after(10):
+            while children(self.launcher.pid):  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
     def python(self, code: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
         """The program that runs probe ``code``, and the spec's other fields."""
