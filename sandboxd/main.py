@@ -130,24 +130,14 @@ def _own_directory(path: Path, mode: int, who: Identity | None) -> None:
     if not stat.S_ISDIR(status.st_mode):
         raise Invalid(f"{path} is not a directory")
     if status.st_uid != uid:
-        # systemd-tmpfiles makes the runtime directory for root with our group.
-        if not (path.name == "sandboxd" and mode == 0o755 and _group_writes(status, who)):
-            raise Conflict(
-                f"{path} belongs to uid {status.st_uid}, not to {name}",
-                hint=f"chown {name if who else '$(id -un)'} {path}, or choose another directory",
-            )
-    elif not status.st_mode & stat.S_IWUSR:
+        raise Conflict(
+            f"{path} belongs to uid {status.st_uid}, not to {name}",
+            hint=f"chown {name if who else '$(id -un)'} {path}, or choose another directory",
+        )
+    if not status.st_mode & stat.S_IWUSR:
         raise Conflict(f"{path} is not writable", hint=f"chmod u+w {path}")
     if mode == 0o700 and status.st_mode & 0o077:
         raise Conflict(f"{path} is open to other users", hint=f"chmod 700 {path}")
-
-
-def _group_writes(status: os.stat_result, who: Identity | None) -> bool:
-    return (
-        who is not None
-        and status.st_gid in (who.gid, *who.groups)
-        and bool(status.st_mode & stat.S_IWGRP)
-    )
 
 
 def _lock(path: Path, who: Identity | None) -> int:

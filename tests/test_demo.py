@@ -373,7 +373,7 @@ def test_a_piped_table_is_plain_and_tells_the_rest(capsys: pytest.CaptureFixture
     assert "audit chain verified: yes, 3 records" in printed
     result.leaks = ["daemon.log"]
     report.show(result)
-    assert "any output: yes: daemon.log" in capsys.readouterr().out
+    assert "free of the secret: no: daemon.log" in capsys.readouterr().out
 
 
 # -- the searches, outside a sandbox, find what is there ----------------------------------------

@@ -118,7 +118,9 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
         "sandboxd.isolation",
         *(
             f"sandboxd.isolation.{name}"
-            for name in ("kernel", "launcher", "root", "sandbox", "wire")
+            for name in (
+                "cgroup", "cgroup_places", "kernel", "launcher", "root", "sandbox", "wire",
+            )  # fmt: skip
         ),
     }
     assert ours <= allowed, f"the launcher must not load {sorted(ours - allowed)}"

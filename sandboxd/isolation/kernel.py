@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "close_all_but",
     "drop_bounding_set",
     "drop_capabilities",
+    "fork_into",
     "join_new_keyring",
     "mount",
     "mount_filesystem",
@@ -97,6 +99,7 @@ _SYS_MOVE_MOUNT = 429
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_CLONE3 = 435
 _SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
@@ -106,6 +109,10 @@ _OLD_NUMBERS = {"x86_64": (155, 250), "aarch64": (41, 219), "riscv64": (41, 219)
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _UINT_MAX = 0xFFFFFFFF
+#: The C library again, called without letting go of the interpreter's lock.
+_held_libc: Any = ctypes.PyDLL(None, use_errno=True)
+_held_libc.syscall.restype = ctypes.c_long
+_CLONE_INTO_CGROUP = 0x200000000
 
 
 def unshare(flags: int) -> None:
@@ -118,6 +125,25 @@ def setns(fd: int, flags: int) -> None:
     """setns(2): enter the namespace behind ``fd``."""
     if _libc.setns(ctypes.c_int(fd), ctypes.c_int(flags)) < 0:
         raise _failed("setns", _flag_names(flags))
+
+
+def fork_into(cgroup: int) -> int:
+    """clone3(2) with CLONE_INTO_CGROUP, as fork(2) but for the cgroup that the child is born in.
+
+    What os.fork() does around fork(2) is done here with the same public calls (Python/C API,
+    PyOS_BeforeFork). For a process with one thread.
+    """
+    # Of struct clone_args all is 0 but flags, exit_signal and, as its last member, cgroup.
+    args = struct.pack("=11Q", _CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, *(0,) * 5, cgroup)
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _held_libc.syscall(_SYS_CLONE3, args, len(args))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    else:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise _failed("clone3", "into a cgroup")
+    return int(pid)
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:

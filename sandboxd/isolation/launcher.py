@@ -19,14 +19,15 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
-from sandboxd.isolation import kernel
+from sandboxd.isolation import cgroup, kernel, template
+from sandboxd.isolation.cgroup import Cgroup, Cgroups, Share, Usage
 from sandboxd.isolation.sandbox import enter, prepare
-from sandboxd.isolation.templates import Templates
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
 
 __all__ = ["fork_launcher", "main", "serve"]
@@ -37,6 +38,10 @@ _BOOT = (
     "import sys; sys.path.append(sys.argv[2]); from sandboxd.isolation.launcher import main; main()"
 )
 _MAX_OPEN_FILES = 65536
+#: How long to wait at the end for killed sandboxes, so that their cgroups can go; and how long
+#: until the next try where a cgroup is still busy.
+_ENDING_LIMIT = 3.0
+_BUSY_PAUSE = 0.02
 
 
 def fork_launcher() -> socket.socket:
@@ -73,9 +78,9 @@ def main() -> NoReturn:
     _run(socket.socket(fileno=int(sys.argv[1])))
 
 
-def serve(sock: socket.socket, *, privileged: bool) -> None:
+def serve(sock: socket.socket, cgroups: Cgroups, *, privileged: bool) -> None:
     """Answer the broker until its end closes."""
-    _Launcher(sock, privileged=privileged).run()
+    _Launcher(sock, cgroups, privileged=privileged).run()
 
 
 def _run(sock: socket.socket) -> NoReturn:
@@ -92,9 +97,10 @@ def _run(sock: socket.socket) -> NoReturn:
             signal.signal(signum, signal.SIG_IGN)  # the broker decides when it is time
         kernel.close_all_but([0, 1, 2, sock.fileno()])
         kernel.set_title(kernel.argument_area(), "sandboxd-launcher")
+        cgroups = cgroup.set_up()
         privileged = _make_namespaces()
         if os.fork() == 0:
-            serve(sock, privileged=privileged)
+            serve(sock, cgroups, privileged=privileged)
         code = 0
     except KernelError as failure:
         with contextlib.suppress(OSError):
@@ -145,16 +151,18 @@ class _Sandbox:
     pid: int
     pidfd: int
     report: int
+    cgroup: Cgroup | None
     started: bool = False
     last: Frame | None = None  # FAILED or EXITED, told once every process has gone
 
 
 class _Launcher:
-    def __init__(self, sock: socket.socket, *, privileged: bool) -> None:
-        self.sock, self.privileged = sock, privileged
+    def __init__(self, sock: socket.socket, cgroups: Cgroups, *, privileged: bool) -> None:
+        self.sock, self.cgroups, self.privileged = sock, cgroups, privileged
+        self.birth = True  # until the kernel refuses to fork into a cgroup
+        self.busy: list[Cgroup] = []  # of ended sandboxes, not removed yet
         self.sandboxes: dict[int, _Sandbox] = {}
-        self.selector: selectors.BaseSelector = selectors.DefaultSelector()
-        self.templates = Templates(self._fork_init, self._send, self.selector, privileged)
+        self.selector = selectors.DefaultSelector()
         self.own_pidns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self.arguments = kernel.argument_area()
         self.serving = True
@@ -165,16 +173,33 @@ class _Launcher:
     def run(self) -> None:
         self.selector.register(self.sock, selectors.EVENT_READ, self._on_frame)
         me = os.pidfd_open(os.getpid())
-        self._send(Frame(Kind.READY, 0, int(self.privileged)), me)
+        state = self.cgroups.state.pack()
+        self._send(Frame(Kind.READY, 0, int(self.privileged), text=state), me)
         os.close(me)
         # What exists now lives for good: children then collect garbage without copying its pages.
         gc.collect()
         gc.freeze()
         while self.serving:
-            for key, _ in self.selector.select(self.templates.expire()):
-                # An earlier event of the same batch may have closed it, or reused its number.
-                if self.selector.get_map().get(key.fd) is key:
-                    key.data()
+            self._turn(_BUSY_PAUSE if self.busy else None)
+        self._end()
+
+    def _turn(self, timeout: float | None) -> None:
+        for key, _ in self.selector.select(timeout):
+            # An earlier event of the same batch may have closed it, or reused its number.
+            if self.selector.get_map().get(key.fd) is key:
+                key.data()
+        self.busy = [group for group in self.busy if not group.remove()]
+
+    def _end(self) -> None:
+        """Our end as pid 1 ends every sandbox; here it is waited for, so that no cgroup is left."""
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(self.sock)
+        for number in self.sandboxes:
+            self._signal(number, signal.SIGKILL)
+        deadline = time.monotonic() + _ENDING_LIMIT
+        while (self.sandboxes or self.busy) and time.monotonic() < deadline:
+            self._turn(_BUSY_PAUSE)
+        self.cgroups.close()
 
     def _on_frame(self) -> None:
         fds = array.array("i")
@@ -211,70 +236,86 @@ class _Launcher:
 
     def _answer(self, frame: Frame, fds: list[int], *, lost_fds: bool) -> None:
         if frame.kind is Kind.LAUNCH:
-            number = frame.number
-            if number == 0 or number in self.sandboxes or number in self.templates:
+            if frame.number == 0 or frame.number in self.sandboxes:
                 return  # its report would be taken for another's
             if lost_fds:
                 self._fail(frame.number, KernelError("recvmsg", errno.EMFILE, "launch frame"))
             elif frame.a != len(fds) or len(fds) < 4:
                 self._fail(frame.number, KernelError("recvmsg", errno.EBADMSG, "launch frame"))
-            elif frame.text:
-                self._launch_in_template(frame, fds)
             else:
-                self._launch(frame.number, fds)
+                self._launch(frame.number, fds, Share(frame.b, frame.c, frame.d))
+        elif frame.kind is Kind.TEMPLATE:
+            if frame.number and frame.number not in self.sandboxes:
+                self._launch(frame.number, [], Share(frame.b, frame.c, frame.d))
         elif frame.kind is Kind.SIGNAL:
             self._signal(frame.number, frame.a)
         elif frame.kind is Kind.KILL:
             self._signal(frame.number, signal.SIGKILL)
-        elif frame.kind is Kind.RETIRE:
-            self.templates.retire(frame.text)
 
-    def _launch_in_template(self, frame: Frame, fds: list[int]) -> None:
-        try:
-            self.templates.launch(frame.number, frame.text, fds)
-        except SandboxdError as failure:
-            self._fail(frame.number, failure)
-        except OSError as failure:
-            self._fail(frame.number, KernelError("fork", failure.errno or 0))
+    def _launch(self, number: int, fds: list[int], share: Share) -> None:
+        """Fork a sandbox's init. Without ``fds`` it becomes a template, which the broker talks to.
 
-    def _launch(self, number: int, fds: list[int]) -> None:
+        That conversation isn't ours: a template is told from any other sandbox by it alone.
+        """
         read = write = -1
+        group = None
+        ends: tuple[socket.socket, ...] = ()
         try:
+            if not fds:
+                ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            group = self.cgroups.create(str(number), share)
+            # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
+            kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
+            kernel.unshare(kernel.CLONE_NEWPID)
             read, write = os.pipe2(os.O_CLOEXEC)
-            pid, pidfd = self._fork_init(
-                lambda: enter(number, fds, write, privileged=self.privileged)
-            )
+            pid, born = self._fork(group)
+            if pid == 0:
+                gc.disable()
+                kernel.set_title(self.arguments, "sandboxd-init")
+                join = partial(group.join, born=born) if group is not None else None
+                if ends:
+                    template.enter(ends[1], privileged=self.privileged, join=join)
+                enter(number, fds, write, privileged=self.privileged, join=join)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
         except (SandboxdError, OSError) as failure:
             if read >= 0:
                 os.close(read)
+            if group is not None and not group.remove():
+                self.busy.append(group)
             if isinstance(failure, OSError):
                 failure = KernelError("fork", failure.errno or 0)
             self._fail(number, failure)
         else:
-            sandbox = _Sandbox(number, pid, pidfd, read)
+            sandbox = _Sandbox(number, pid, pidfd, read, group, started=bool(ends))
             self.sandboxes[number] = sandbox
             self.selector.register(read, selectors.EVENT_READ, lambda: self._on_report(sandbox))
             self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._on_exit(sandbox))
+            if group is not None and group.oom >= 0:
+                on_oom = partial(self._on_oom, sandbox)
+                self.selector.register(group.oom, selectors.EVENT_READ, on_oom)
+            if ends:
+                self._send(Frame(Kind.STARTED, number), ends[0].fileno(), pidfd)
         finally:
             if write >= 0:
                 os.close(write)
+            for end in ends:
+                end.close()
 
-    def _fork_init(self, run: Callable[[], NoReturn]) -> tuple[int, int]:
-        """Fork pid 1 of a new pid namespace, which does ``run``. Its pid and pidfd."""
-        # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
-        kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
-        kernel.unshare(kernel.CLONE_NEWPID)
-        pid = os.fork()
-        if pid == 0:
-            gc.disable()
-            kernel.set_title(self.arguments, "sandboxd-init")
-            run()
-        try:
-            return pid, os.pidfd_open(pid)
-        except OSError:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise
+    def _fork(self, group: Cgroup | None) -> tuple[int, bool]:
+        """fork(2); the pid, and whether the child was born in its cgroup (v2)."""
+        if self.birth and group is not None and group.birth >= 0:
+            try:
+                return kernel.fork_into(group.birth), True
+            except KernelError as failure:
+                if failure.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
+                    raise
+                self.birth = False  # an old kernel, or a container's seccomp filter
+        return os.fork(), False
 
     def _on_report(self, sandbox: _Sandbox) -> None:
         data = os.read(sandbox.report, FRAME.size)
@@ -296,22 +337,39 @@ class _Launcher:
         os.close(sandbox.pidfd)
         os.close(sandbox.report)
         del self.sandboxes[sandbox.number]
-        if sandbox.last is not None:
-            self._send(sandbox.last)
-        elif sandbox.started:
+        group = sandbox.cgroup
+        used = group.usage() if group is not None else Usage()
+        last = sandbox.last
+        if last is None and sandbox.started:
             cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
-            self._send(Frame(Kind.EXITED, sandbox.number, status, cpu, usage.ru_maxrss))
+            last = Frame(Kind.EXITED, sandbox.number, status, cpu, usage.ru_maxrss)
+        if last is None:
+            why = "out of memory" if used.oom else "killed while starting"
+            self._fail(sandbox.number, KernelError("setup", errno.ECHILD, why))
+        elif last.kind is Kind.EXITED:
+            cpu = last.b if used.cpu_us is None else used.cpu_us
+            self._send(replace(last, b=cpu, d=used.peak_kib, text="oom" if used.oom else ""))
         else:
-            self._fail(sandbox.number, KernelError("setup", errno.ECHILD, "killed while starting"))
+            self._send(last)
+        if group is not None:
+            if group.oom >= 0 and group.oom in self.selector.get_map():
+                self.selector.unregister(group.oom)
+            if not group.remove():
+                self.busy.append(group)
+
+    def _on_oom(self, sandbox: _Sandbox) -> None:
+        """The kernel has killed one process for want of memory. The others follow it (v1)."""
+        assert sandbox.cgroup is not None
+        self.selector.unregister(sandbox.cgroup.oom)
+        self._signal(sandbox.number, signal.SIGKILL)
 
     def _signal(self, number: int, signum: int) -> None:
-        if signum not in _SIGNALS:
-            return
-        self.templates.signal(number, signum)
         sandbox = self.sandboxes.get(number)
-        if sandbox is not None:
+        if sandbox is not None and signum in _SIGNALS:
             with contextlib.suppress(OSError):  # it has just ended
                 signal.pidfd_send_signal(sandbox.pidfd, signum)
+            if signum == signal.SIGKILL and sandbox.cgroup is not None:
+                sandbox.cgroup.kill()
 
     def _fail(self, number: int, failure: SandboxdError) -> None:
         self._send(failed(number, failure))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import array
 import contextlib
-import os
+import errno
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import trio
 
-from sandboxd.errors import SandboxdError
+from sandboxd.errors import KernelError, SandboxdError
+from sandboxd.isolation.reports import failure_of, pid_of
 from sandboxd.isolation.wire import FRAME, LAST, Frame, Kind
 
-__all__ = ["Call", "Pool", "Template"]
+__all__ = ["Pool", "Template"]
 
 #: Seconds without a call, and since it was made, after which an idle template ends.
 IDLE_LIMIT = 60.0
@@ -28,15 +30,7 @@ MOST_IDLE = 64
 _LOOK_PAUSE = 15.0
 
 Key = tuple[str, str]
-
-
-class Call:
-    """What a template tells of the program that it runs now."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        #: FAILED, STARTED or EXITED, as they come; None when the template ended.
-        self.take: Callable[[Frame | None], None] = lambda _: None
+Take = Callable[[Frame | None], None]
 
 
 class Template:
@@ -47,28 +41,33 @@ class Template:
         self.pid = 0
         self.sock: trio.socket.SocketType | None = None
         self.made = self.rested = trio.current_time()
-        self.call: Call | None = None
-        self.used = 0  # microseconds of CPU before the call
         self.worn = False  # ends after its call
         self.ready, self.dead = trio.Event(), trio.Event()
         self.failure: SandboxdError | None = None
-        #: CPU microseconds and peak KiB of its whole life, once the launcher has reaped it.
-        self.usage: tuple[int, int] | None = None
+        #: Its whole life, once the launcher has reaped it: an EXITED frame.
+        self.usage: Frame | None = None
+        # Of the call that it has, if any: its number, who takes its news, CPU used before it.
+        self.call = 0
+        self._take: Take = _nobody
+        self._used = 0
 
-    async def send(self, call: Call, fds: Sequence[int]) -> bool:
-        """Hand a launch over; False when the template has died."""
+    async def send(self, number: int, fds: Sequence[int], take: Take) -> bool:
+        """Hand a launch over; False when the template has died.
+
+        ``take`` gets what it answers: STARTED and EXITED, or FAILED, or None when it ends instead.
+        """
         assert self.sock is not None
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        frame = Frame(Kind.LAUNCH, call.number, len(fds))
-        self.call, self.used = call, 0
+        self.call, self._take, self._used = number, take, 0
         try:
-            await self.sock.sendmsg([frame.pack()], ancillary)
-        except (ConnectionError, trio.ClosedResourceError):
-            self.call = None
-            return False
-        except BaseException:
-            self.call = None
-            self.end()  # it may have got the launch or not
+            await self.sock.sendmsg([Frame(Kind.LAUNCH, number, len(fds)).pack()], ancillary)
+        except BaseException as failure:
+            self.call, self._take = 0, _nobody
+            self.end()
+            if isinstance(failure, (ConnectionError, trio.ClosedResourceError)):
+                return False
+            if isinstance(failure, OSError):
+                raise KernelError("sendmsg", failure.errno or 0, "launch frame") from None
             raise
         return True
 
@@ -79,73 +78,118 @@ class Template:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
 
+    def take(self, frame: Frame | None) -> None:
+        """Tell whoever has the call. ValueError for news of another one."""
+        if frame is not None and frame.number != self.call:
+            raise ValueError("a template speaks of its own call only")
+        take = self._take
+        if frame is not None and frame.kind is Kind.STARTED:
+            self._used = frame.a
+        else:
+            self.call, self._take = 0, _nobody
+        take(frame)
+
+    def last_words(self) -> Frame:
+        """What became of its call: the kernel has killed it with the template."""
+        assert self.usage is not None
+        cpu = max(0, self.usage.b - self._used)
+        return replace(self.usage, a=int(signal.SIGKILL), b=cpu)
+
 
 class Pool:
-    """All templates of one launcher. ``make`` asks the launcher for one."""
+    """All templates of one launcher."""
 
-    def __init__(self, make: Callable[[Template], Awaitable[None]]) -> None:
-        self._make = make
-        self._all: set[Template] = set()
+    def __init__(self) -> None:
+        self._all: dict[int, Template] = {}
         self._idle: dict[Key, list[Template]] = {}
+        self._looking = False
         self.nursery: trio.Nursery | None = None
 
-    async def take(self, key: Key) -> Template:
-        """An idle template of this key, or a new one. The caller sends it a call, or ends it."""
-        if idle := self._idle.get(key):
-            return self._remove(idle[-1])
-        template = Template(0, key)
-        await self._make(template)
+    def take(self, key: Key) -> Template | None:
+        """An idle template of this key."""
+        idle = self._idle.get(key)
+        return self._remove(idle[-1]) if idle else None
+
+    def add(self, number: int, key: Key) -> Template:
+        """A template that the launcher is being asked for."""
         assert self.nursery is not None
-        if not self._all:
+        if not self._looking:
+            self._looking = True
             self.nursery.start_soon(self._end_the_idle)
-        self._all.add(template)
-        self.nursery.start_soon(self._attend, template)
+        template = self._all[number] = Template(number, key)
         return template
 
-    async def retire(self, group: str) -> None:
-        """End the templates of a group; those with a call after it. The idle ones are gone then."""
-        idle = [template for template in self._all if template.key[0] == group]
-        for template in idle:
-            self._end(template)
-        for template in idle:
-            if template.call is None:
-                await template.dead.wait()
+    def drop(self, template: Template) -> None:
+        """Nobody waits for it any more: it ends as soon as it is there."""
+        template.end()
 
-    def launcher_is_gone(self) -> None:
+    def take_report(self, frame: Frame, fds: list[int]) -> bool:
+        """Act on what the launcher says of a template; False when it speaks of something else."""
+        template = self._all.get(frame.number)
+        if template is None:
+            return False
+        if frame.kind is Kind.STARTED:
+            if len(fds) == 2:
+                template.pid = pid_of(fds[1])
+                template.sock = trio.socket.from_stdlib_socket(socket.socket(fileno=fds.pop(0)))
+                assert self.nursery is not None
+                self.nursery.start_soon(self._attend, template)
+                if template.worn:
+                    template.end()
+            else:  # the launcher's end of the socket has closed by now, and with it the template
+                template.failure = KernelError("recvmsg", errno.EMFILE, "template")
+        elif frame.kind is Kind.FAILED:
+            template.failure = failure_of(frame)
+            template.dead.set()
+            del self._all[frame.number]
+        elif frame.kind is Kind.EXITED:
+            template.usage = frame
+            template.dead.set()
+            del self._all[frame.number]
+        template.ready.set()
+        return True
+
+    async def retire(self, group: str) -> None:
+        """End the templates of a group: the idle ones now, the others after their call."""
+        for template in list(self._all.values()):
+            if template.key[0] == group:
+                self._end(template)
+                if not template.call:
+                    await template.dead.wait()
+
+    def launcher_is_gone(self, failure: SandboxdError) -> None:
         """Nothing lives any more, and no news will come."""
-        for template in self._all:
+        for template in self._all.values():
+            template.failure = failure
             template.ready.set()
             template.dead.set()
+            template.take(None)
+        self._all.clear()
+        self._idle.clear()
 
     async def _attend(self, template: Template) -> None:
         """Take what one template says until it ends; then tell of its call, if it had one."""
         assert template.sock is not None
         try:
-            with contextlib.suppress(ConnectionError, trio.ClosedResourceError, ValueError):
+            with contextlib.suppress(OSError, trio.ClosedResourceError, ValueError):
                 while data := await template.sock.recv(FRAME.size):
                     self._take(template, Frame.unpack(data))
             template.worn = True
-            template.sock.close()
+            self._remove(template)
+            template.end()
             await template.dead.wait()
-            if template.call is not None:
-                template.call.take(None)
+            template.take(None)
         finally:
             template.sock.close()
-            self._all.discard(template)
-            self._remove(template)
 
     def _take(self, template: Template, frame: Frame) -> None:
-        call = template.call
-        if call is None or frame.number != call.number:
-            raise ValueError("a template speaks of its own call only")
-        if frame.kind is Kind.STARTED:
-            template.used = frame.a
-            call.take(frame)
-        elif frame.kind in (Kind.EXITED, Kind.FAILED):
+        if frame.kind is Kind.EXITED:
             template.worn = template.worn or frame.text == LAST
-            template.call = None
+        elif frame.kind is Kind.FAILED:
+            template.worn = template.worn or bool(frame.b)
+        template.take(frame)
+        if not template.call:
             self._rest(template)
-            call.take(frame)
 
     def _rest(self, template: Template) -> None:
         """A call has ended: keep its template for another, or not."""
@@ -161,7 +205,7 @@ class Pool:
 
     def _end(self, template: Template) -> None:
         template.worn = True
-        if template.call is None:
+        if not template.call:
             self._remove(template)
             template.end()
 
@@ -174,11 +218,14 @@ class Pool:
         return template
 
     async def _end_the_idle(self) -> None:
-        while True:
+        while self._all:
             await trio.sleep(_LOOK_PAUSE)
             now = trio.current_time()
             for template in [each for templates in self._idle.values() for each in templates]:
                 if now - template.rested >= IDLE_LIMIT or now - template.made >= AGE_LIMIT:
                     self._end(template)
-            if not self._all:
-                return
+        self._looking = False
+
+
+def _nobody(_: Frame | None) -> None:
+    """Takes the news of a template that has no call."""

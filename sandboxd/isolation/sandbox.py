@@ -17,7 +17,7 @@ import os
 import resource
 import signal
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
@@ -58,8 +58,17 @@ def prepare() -> None:
     system_layout()
 
 
-def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> NoReturn:
+def enter(
+    number: int,
+    fds: Sequence[int],
+    report: int,
+    *,
+    privileged: bool,
+    join: Callable[[], None] | None = None,
+) -> NoReturn:
     """Become the sandbox described by the memfd ``fds[0]``. Never returns.
+
+    ``join`` puts this process into its cgroup, before it takes anything that counts there.
 
     ``fds[1:4]`` are the program's standard streams, the rest its extra descriptors. Progress goes
     to the pipe ``report`` as frames: STARTED once the program runs or FAILED, then EXITED.
@@ -67,6 +76,8 @@ def enter(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> 
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         kernel.set_dumpable(False)
+        if join is not None:
+            join()
         spec = _read_spec(fds[0])
         kernel.close_all_but([report, *fds[1:]])
         program = _start(spec, fds[1:], privileged=privileged)

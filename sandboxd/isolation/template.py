@@ -24,7 +24,8 @@ import resource
 import signal
 import socket
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
@@ -34,6 +35,7 @@ from sandboxd.isolation.sandbox import INSIDE_ID, SIGNALS, build, limit, setup_f
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     FRAME,
+    LAST,
     MAX_FDS,
     MAX_SPEC,
     Frame,
@@ -45,22 +47,26 @@ from sandboxd.isolation.wire import (
     locate,
 )
 
-__all__ = ["LAST", "enter"]
-
-#: In an EXITED frame: this template takes no other call.
-LAST = "last"
+__all__ = ["enter"]
 
 _CLONE_FS = 0x200
 _STACK = 256 << 10
 
 
-def enter(sock: socket.socket, *, privileged: bool) -> NoReturn:
-    """Become a template for whatever ``sock`` asks first. Ends when its other end closes."""
+def enter(
+    sock: socket.socket, *, privileged: bool, join: Callable[[], None] | None = None
+) -> NoReturn:
+    """Become a template for whatever ``sock`` asks first. Ends when its other end closes.
+
+    ``join`` puts this process into its cgroup.
+    """
     launch: _Launch | None = None
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         kernel.set_dumpable(False)
         kernel.close_all_but([sock.fileno()])
+        if join is not None:
+            join()
         for _ in range(3):  # so that no stream of a call ever has one of these numbers
             os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         launch = _receive(sock)
@@ -69,9 +75,9 @@ def enter(sock: socket.socket, *, privileged: bool) -> NoReturn:
                 lasting = bytes(spec.view[slice(*lasting_span(spec.view))])
             _Template(sock, lasting, privileged=privileged).serve(launch)
     except SandboxdError as failure:
-        _send(sock, failed(launch.number if launch else 0, failure))
+        _send(sock, replace(failed(launch.number if launch else 0, failure), b=1))
     except BaseException as failure:
-        _send(sock, setup_failed(launch.number if launch else 0, failure))
+        _send(sock, replace(setup_failed(launch.number if launch else 0, failure), b=1))
     os._exit(125)
 
 
@@ -139,9 +145,9 @@ class _Template:
             self.program = self._start(launch, files)
             _send(self.sock, Frame(Kind.STARTED, self.number, used))
         except SandboxdError as failure:
-            _send(self.sock, failed(self.number, failure))
+            _send(self.sock, replace(failed(self.number, failure), b=self.unusable))
         except BaseException as failure:
-            _send(self.sock, setup_failed(self.number, failure))
+            _send(self.sock, replace(setup_failed(self.number, failure), b=self.unusable))
         finally:
             if launch is not None:
                 launch.close()
@@ -247,7 +253,7 @@ class _Template:
         spawn.clear_user_keyrings()
         self.unusable = self.unusable or self._is_changed()
         text = LAST if self.unusable else ""
-        _send(self.sock, Frame(Kind.EXITED, self.number, status, int(cpu * 1e6), memory, text))
+        _send(self.sock, Frame(Kind.EXITED, self.number, status, int(cpu * 1e6), memory, text=text))
 
     def _is_changed(self) -> bool:
         """Whether the call left traces in what the next would inherit, or time has run out."""
@@ -260,7 +266,7 @@ class _Template:
 
 
 def _reap(flags: int) -> tuple[int, int, float, int] | None:
-    """The next ended child (pid 0: none yet): pid, status, CPU seconds, peak KiB. None: no child."""
+    """The next ended child: pid (0: none yet), status, CPU seconds, peak KiB. None: no child."""
     try:
         pid, status, usage = os.wait4(-1, flags)
     except ChildProcessError:

@@ -23,6 +23,7 @@ from sandboxd.errors import Invalid, KernelError, SandboxdError
 
 __all__ = [
     "FRAME",
+    "CgroupState",
     "FileSpec",
     "Frame",
     "Kind",
@@ -41,10 +42,12 @@ __all__ = [
     "sealed_memfd",
 ]
 
-#: magic, kind, sandbox number, three signed operands, a short text (system call and path).
-FRAME = struct.Struct("!4sBxxxQqqq192s")
+#: magic, kind, sandbox number, four signed operands, a short text (system call and path).
+FRAME = struct.Struct("!4sBxxxQqqqq192s")
 MAGIC = b"SBX1"
 MAX_FDS = 16
+#: In an EXITED or FAILED frame of a template: it takes no other call.
+LAST = "last"
 MAX_SPEC = 16 << 20
 #: Descriptors wait at this number and above while they are put in their places.
 FIRST_HIGH_FD = 256
@@ -59,14 +62,18 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 class Kind(enum.IntEnum):
     """Frame kinds. Requests are below 16, reports from 16 on."""
 
-    LAUNCH = 1  # operands: number of descriptors; text: the template's group and key, if any
+    LAUNCH = 1  # operands: number of descriptors; of the cgroup: bytes, processes, millicpus
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
-    RETIRE = 4  # text: a group, whose templates end once they are idle
-    READY = 16  # operands: 1 when privileged, else 0
-    STARTED = 17  # operands: what a template used before; descriptor: pidfd of the sandbox's init
+    TEMPLATE = 4  # make a template; operands: 0; of the cgroup: as of LAUNCH
+    READY = 16  # operands: 1 when privileged, else 0; text: CgroupState
+    #: Descriptor: pidfd of the sandbox's init. Of a template itself: a socket to it, and the pidfd;
+    #: of its call: CPU microseconds that it used before, no descriptor.
+    STARTED = 17
     FAILED = 18  # operands: errno; text: system call and path
-    EXITED = 19  # operands: wait status, cpu microseconds, peak resident KiB
+    #: Operands: wait status, cpu microseconds, peak KiB of the largest process, of the whole tree
+    #: (0 where no cgroup tells); text: "oom" when the kernel killed in it for want of memory.
+    EXITED = 19
 
 
 @dataclass(frozen=True)
@@ -76,22 +83,24 @@ class Frame:
     a: int = 0
     b: int = 0
     c: int = 0
+    d: int = 0
     text: str = ""
 
     def pack(self) -> bytes:
         raw = self.text.encode("utf-8", "surrogateescape")[:191]
-        return FRAME.pack(MAGIC, self.kind, self.number, self.a, self.b, self.c, raw)
+        operands = (self.a, self.b, self.c, self.d)
+        return FRAME.pack(MAGIC, self.kind, self.number, *operands, raw)
 
     @classmethod
     def unpack(cls, data: bytes) -> Frame:
         """The frame in ``data``; ValueError unless it is exactly one well-formed frame."""
         if len(data) != FRAME.size:
             raise ValueError(f"a frame has {FRAME.size} bytes, got {len(data)}")
-        magic, kind, number, a, b, c, raw = FRAME.unpack(data)
+        magic, kind, number, a, b, c, d, raw = FRAME.unpack(data)
         if magic != MAGIC:
             raise ValueError("not a launcher frame")
         text = raw.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        return cls(Kind(kind), number, a, b, c, text)
+        return cls(Kind(kind), number, a, b, c, d, text)
 
 
 @dataclass(frozen=True)
@@ -122,10 +131,12 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Limits:
-    """Resource limits of the program (setrlimit(2)); 0 leaves the inherited one. Bytes, seconds.
+    """Resource limits; 0 leaves the inherited one. Bytes, seconds, thousandths of one CPU.
 
-    ``memory`` is RLIMIT_DATA, private writable memory of one process: unlike RLIMIT_AS it spares
-    runtimes that reserve address space without using it (V8, Go, Bun).
+    ``memory``, ``processes`` and ``millicpus`` bound the whole tree by its cgroup, where this host
+    has one. All but the last also bound each process (setrlimit(2)). There ``memory`` is
+    RLIMIT_DATA, private writable memory: unlike RLIMIT_AS it spares runtimes that reserve address
+    space without using it (V8, Go, Bun).
     """
 
     memory: int = 0
@@ -134,6 +145,29 @@ class Limits:
     file_size: int = 0
     cpu_seconds: int = 0
     tmp_size: int = 64 << 20
+    millicpus: int = 0
+
+
+@dataclass(frozen=True)
+class CgroupState:
+    """What cgroups the launcher has: ``v1``, ``v2``, both or "", what they control, what lacks."""
+
+    version: str = ""
+    controllers: frozenset[str] = frozenset()
+    lacking: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether memory, processes and CPU of a whole sandbox are limited."""
+        return {"memory", "pids", "cpu"} <= self.controllers
+
+    def pack(self) -> str:
+        return "\t".join((self.version, ",".join(sorted(self.controllers)), self.lacking))
+
+    @classmethod
+    def unpack(cls, text: str) -> CgroupState:
+        version, names, lacking = (text + "\t\t").split("\t", 2)
+        return cls(version, frozenset(filter(None, names.split(","))), lacking.strip("\t"))
 
 
 @dataclass(frozen=True)
@@ -346,6 +380,7 @@ _LIMIT_FIELDS = (
     "file_size",
     "cpu_seconds",
     "tmp_size",
+    "millicpus",
 )
 
 

@@ -86,20 +86,12 @@ class Running:
         self.process = process
         self._out, self._err = trio.lowlevel.FdStream(out), trio.lowlevel.FdStream(err)
 
-    async def ready(self, word: bytes = b"ready\n") -> None:
-        """Wait until the program has printed ``word``."""
+    async def ready(self, word: bytes = b"ready\n") -> bytes:
+        """Wait until the program has printed ``word``; everything printed so far."""
         seen = b""
         while word not in seen:
             chunk = await self._out.receive_some()
             assert chunk, f"ended before it was ready: {seen!r} {await self._rest(self._err)!r}"
-            seen += chunk
-
-    async def line(self) -> bytes:
-        """The first line that the program prints, and whatever came with it."""
-        seen = b""
-        while b"\n" not in seen:
-            chunk = await self._out.receive_some()
-            assert chunk, f"ended before it said a line: {await self._rest(self._err)!r}"
             seen += chunk
         return seen
 

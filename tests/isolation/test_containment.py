@@ -92,9 +92,9 @@ async def test_every_namespace_is_the_sandboxs_own(box: Box, outside: Outside) -
     probe = f"tell(**{{ns: os.readlink('/proc/self/ns/' + ns) for ns in {NAMESPACES}}})"
     host = {ns: os.readlink(f"/proc/self/ns/{ns}") for ns in NAMESPACES}
     assert outside(probe) == host
-    argv, more = box.python(f"{probe}; print(flush=True); signal.pause()")
-    async with box.start(*argv, **more) as running:
-        first = json.loads(await running.line())
+    argv, more = box.python(probe + "; print(); print('ready', flush=True); signal.pause()")
+    async with box.start(*argv, **more) as other:  # alive, for the kernel reuses numbers
+        first = json.loads((await other.ready()).splitlines()[0])
         second = await box.probe(probe)
     for ns in NAMESPACES:
         assert len({host[ns], first[ns], second[ns]}) == 3, ns

@@ -1,0 +1,218 @@
+"""One cgroup for each sandbox: memory, processes and CPU of a whole tree (cgroups(7)).
+
+Resource limits hold for one process, and a tree has many; a cgroup counts them together. The
+launcher makes one before it forks and removes it once the last process is reaped. Unified
+hierarchies (v2) and the older one per controller (v1) are both used as they are found:
+
+- *Where.* Under systemd the unit's own cgroup, which ``Delegate=yes`` made ours: the processes
+  that are already there move to a leaf, for on v2 only leaves may hold any. Else, for root, the
+  nearest cgroup above that passes the controllers on. Else nowhere, and :attr:`Cgroups.state` says
+  so: the limits of single processes are then all there is.
+- *In.* On v2 the child is born inside (clone3(2), CLONE_INTO_CGROUP). Elsewhere it writes itself
+  into ``tasks``: for its own, only thread the kernel need not stop every fork meanwhile, which
+  makes ``cgroup.procs`` slow.
+- *Out of memory.* The kernel kills the whole group (memory.oom.group). v1 has no such thing and
+  tells an eventfd instead, on which the launcher does the same.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sandboxd.errors import KernelError
+from sandboxd.isolation.cgroup_places import NEEDED, Place, field, find_places, number, write
+from sandboxd.isolation.wire import CgroupState
+
+__all__ = ["Cgroup", "Cgroups", "Share", "Usage", "set_up"]
+
+#: What a sandbox takes for itself, before its program takes anything: the copied pages of its
+#: init, mounts, kernel memory. On top of the limit, so that a single process meets its own limit
+#: first, as an allocation that fails, and not the end of the whole group.
+OVERHEAD = 16 << 20
+
+_PERIOD = 100_000  # of CPU bandwidth, in microseconds: the kernel's default
+
+
+@dataclass(frozen=True)
+class Share:
+    """Limits of one sandbox; 0 is none. ``millicpus``: thousandths of one CPU."""
+
+    memory: int = 0
+    processes: int = 0
+    millicpus: int = 0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a whole tree used. ``oom``: the kernel killed in it for want of memory."""
+
+    cpu_us: int | None = None
+    peak_kib: int = 0
+    oom: bool = False
+
+
+def set_up() -> Cgroups:
+    """Find or make this daemon's place in the host's cgroups. Never raises: a host may have none.
+
+    For a single-threaded child of the daemon, before it leaves any namespace. Where v2 demands it,
+    this process and the daemon move to a leaf of their cgroup.
+    """
+    places, reasons = find_places()
+    return Cgroups(places, "; ".join(reasons))
+
+
+class Cgroups:
+    """The daemon's own cgroup in every hierarchy that it uses; below it one for each sandbox."""
+
+    def __init__(self, places: list[Place], lacking: str) -> None:
+        self._places = places
+        held = {name for place in places for name in place.controllers}
+        versions = sorted({"v2" if place.unified else "v1" for place in places})
+        missing = [name for name in NEEDED if name not in held]
+        if missing and not lacking:
+            lacking = f"this host withholds {', '.join(missing)}"
+        #: What the broker is told.
+        self.state = CgroupState("+".join(versions), frozenset(held), lacking if missing else "")
+
+    def create(self, name: str, share: Share) -> Cgroup | None:
+        """A new cgroup with these limits; None where there are no cgroups at all.
+
+        Raises KernelError, and leaves nothing behind.
+        """
+        if not self._places:
+            return None
+        group = Cgroup([(place, f"{place.path}/{name}") for place in self._places])
+        try:
+            group._make(share)
+        except BaseException:
+            group.remove()
+            raise
+        return group
+
+    def close(self) -> None:
+        """Remove the daemon's own cgroups. Nothing may be left in them."""
+        for place in self._places:
+            with contextlib.suppress(OSError):
+                os.rmdir(place.path)
+            os.close(place.lock)
+        self._places = []
+
+
+class Cgroup:
+    """One sandbox's cgroup: a directory of the same name in every hierarchy."""
+
+    def __init__(self, places: list[tuple[Place, str]]) -> None:
+        self._places = places
+        #: Directory that a child can be born in (clone3(2)); -1 without v2.
+        self.birth = -1
+        #: Readable once the kernel ran out of memory here and killed one process; -1 on v2.
+        self.oom = -1
+
+    def join(self, *, born: bool = False) -> None:
+        """Move the calling process, which must have one thread, inside. KernelError if refused.
+
+        ``born``: it was made in :attr:`birth`.
+        """
+        for place, path in self._places:
+            if not (place.unified and born):
+                write(f"{path}/{'cgroup.procs' if place.unified else 'tasks'}", b"0")
+
+    def kill(self) -> None:
+        """SIGKILL for every process inside, where the kernel can do that (v2, Linux 5.14)."""
+        for place, path in self._places:
+            if place.unified:
+                with contextlib.suppress(KernelError):
+                    write(f"{path}/cgroup.kill", b"1")
+
+    def usage(self) -> Usage:
+        """What it used so far. What can't be read is left out."""
+        cpu: int | None = None
+        peak, oom = 0, False
+        for place, path in self._places:
+            if place.unified:
+                cpu = field(f"{path}/cpu.stat", "usage_usec")
+                peak = peak or number(f"{path}/memory.peak")
+                oom = oom or bool(field(f"{path}/memory.events", "oom_kill"))
+            elif "cpuacct" in place.controllers:
+                cpu = cpu if cpu is not None else number(f"{path}/cpuacct.usage") // 1000
+            if not place.unified and "memory" in place.controllers:
+                peak = number(f"{path}/memory.max_usage_in_bytes")
+                oom = bool(field(f"{path}/memory.oom_control", "oom_kill"))
+        return Usage(cpu, peak >> 10, oom)
+
+    def remove(self) -> bool:
+        """Remove it; False while the kernel still holds on to a process of it: try again."""
+        for fd in (self.birth, self.oom):
+            if fd >= 0:
+                os.close(fd)
+        self.birth = self.oom = -1
+        left = []
+        for place, path in self._places:
+            try:
+                os.rmdir(path)
+            except OSError as failure:
+                if failure.errno == errno.EBUSY:
+                    left.append((place, path))
+        self._places = left
+        return not left
+
+    def _make(self, share: Share) -> None:
+        for place, path in self._places:
+            try:
+                os.mkdir(path, 0o755)
+                if place.unified:
+                    self.birth = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as failure:
+                raise KernelError("mkdir", failure.errno or 0, path) from None
+            for name, value in _settings(place, share):
+                write(f"{path}/{name}", value)
+            if not place.unified and "memory" in place.controllers:
+                self.oom = _oom_event(path)
+
+
+def _settings(place: Place, share: Share) -> Iterator[tuple[str, bytes]]:
+    """The files to write for one sandbox, in order."""
+    memory = b"%d" % (share.memory + OVERHEAD) if share.memory else b""
+    quota = max(1000, share.millicpus * _PERIOD // 1000)
+    if place.unified:
+        if "memory" in place.controllers:
+            if memory:
+                yield "memory.max", memory
+            if place.swap_limit:
+                yield "memory.swap.max", b"0"
+            yield "memory.oom.group", b"1"
+        if "cpu" in place.controllers and share.millicpus:
+            yield "cpu.max", b"%d %d" % (quota, _PERIOD)
+    else:
+        if "memory" in place.controllers and memory:
+            yield "memory.limit_in_bytes", memory
+            if place.swap_limit:  # memory and swap together; swappiness is the place's, 0
+                yield "memory.memsw.limit_in_bytes", memory
+        if "cpu" in place.controllers and share.millicpus:
+            yield "cpu.cfs_quota_us", b"%d" % quota
+    if "pids" in place.controllers and share.processes:
+        yield "pids.max", b"%d" % share.processes
+
+
+def _oom_event(path: str) -> int:
+    """An eventfd that the kernel writes to when this v1 cgroup is out of memory; -1 if it can't.
+
+    Told once a victim is chosen (Documentation/admin-guide/cgroup-v1/memory.rst, section 10).
+    """
+    event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(f"{path}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            write(f"{path}/cgroup.event_control", b"%d %d" % (event, control))
+        finally:
+            os.close(control)
+    except (OSError, KernelError):
+        os.close(event)  # a kernel that has dropped these still kills the largest process
+        return -1
+    return event
