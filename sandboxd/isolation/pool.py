@@ -42,7 +42,7 @@ class Template:
         self.sock: trio.socket.SocketType | None = None
         self.made = self.rested = trio.current_time()
         self.worn = False  # ends after its call
-        self.ready, self.dead = trio.Event(), trio.Event()
+        self.ready, self.dead, self.gone = trio.Event(), trio.Event(), trio.Event()
         self.failure: SandboxdError | None = None
         #: Its whole life, once the launcher has reaped it: an EXITED frame.
         self.usage: Frame | None = None
@@ -141,6 +141,7 @@ class Pool:
         elif frame.kind is Kind.FAILED:
             template.failure = failure_of(frame)
             template.dead.set()
+            template.gone.set()
             del self._all[frame.number]
         elif frame.kind is Kind.EXITED:
             template.usage = frame
@@ -155,7 +156,7 @@ class Pool:
             if template.key[0] == group:
                 self._end(template)
                 if not template.call:
-                    await template.dead.wait()
+                    await template.gone.wait()
 
     def launcher_is_gone(self, failure: SandboxdError) -> None:
         """Nothing lives any more, and no news will come."""
@@ -181,6 +182,7 @@ class Pool:
             template.take(None)
         finally:
             template.sock.close()
+            template.gone.set()
 
     def _take(self, template: Template, frame: Frame) -> None:
         if frame.kind is Kind.EXITED:

@@ -10,6 +10,7 @@ Standard library only.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -24,7 +25,7 @@ __all__ = [
     "CAP_KILL",
     "CAP_SYS_ADMIN",
     "Mapping",
-    "clear_user_keyrings",
+    "clear_keyrings",
     "drop_all_but",
     "drop_held_capabilities",
     "inherited_attributes",
@@ -40,7 +41,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _PR_SET_SECUREBITS = 28
 _KEYCTL_CLEAR = 7
 _KEYCTL_GET_PERSISTENT = 22
-_USER_KEYRINGS = (-4, -5)  # KEY_SPEC_USER_KEYRING, KEY_SPEC_USER_SESSION_KEYRING
+_KEYRINGS = (-3, -4, -5)  # KEY_SPEC_SESSION_, _USER_, _USER_SESSION_KEYRING
 _PROCESS_KEYRING = -2
 
 _SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
@@ -147,14 +148,21 @@ def _set_capabilities(data: Any) -> None:
         raise KernelError("capset", ctypes.get_errno())
 
 
-def clear_user_keyrings() -> None:
-    """Empty the keyrings that outlive the processes of this user, in its user namespace."""
+def clear_keyrings() -> bool:
+    """Empty the keyrings that processes of this session and user leave; whether that succeeded.
+
+    A new session keyring for each call would soon use up the user's quota, for the kernel frees
+    keys later (keyrings(7)).
+    """
     _, keyctl = _NUMBERS[os.uname().machine]
-    for ring in _USER_KEYRINGS:
-        _libc.syscall(keyctl, _KEYCTL_CLEAR, ring)
-    ring = _libc.syscall(keyctl, _KEYCTL_GET_PERSISTENT, -1, _PROCESS_KEYRING)
-    if ring > 0:
-        _libc.syscall(keyctl, _KEYCTL_CLEAR, ring)
+    rings = [*_KEYRINGS]
+    persistent = _libc.syscall(keyctl, _KEYCTL_GET_PERSISTENT, -1, _PROCESS_KEYRING)
+    if persistent > 0:
+        rings.append(persistent)
+    for ring in rings:
+        if _libc.syscall(keyctl, _KEYCTL_CLEAR, ring) < 0 and ctypes.get_errno() != errno.ENOSYS:
+            return False
+    return True
 
 
 def inherited_attributes() -> tuple[object, ...]:

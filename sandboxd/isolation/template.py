@@ -165,7 +165,6 @@ class _Template:
         for target, tree in covered:
             _place(target, tree)
         files = self._files() if self.spec.files else []
-        kernel.join_new_keyring()
         try:
             os.chdir(self.spec.cwd)
         except OSError as failure:
@@ -250,8 +249,7 @@ class _Template:
             cpu, memory = cpu + ended[2], max(memory, ended[3])
             ended = _reap(0)
         _discard_signals()
-        spawn.clear_user_keyrings()
-        self.unusable = self.unusable or self._is_changed()
+        self.unusable = self.unusable or not spawn.clear_keyrings() or self._is_changed()
         text = LAST if self.unusable else ""
         _send(self.sock, Frame(Kind.EXITED, self.number, status, int(cpu * 1e6), memory, text=text))
 

@@ -68,8 +68,16 @@ def status(pid: int, field: str) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """The live and dead children of a process."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The live and dead children of a process, whichever of its threads started them."""
+    lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(word) for listed in lists for word in _read_if_there(listed).split()]
+
+
+def _read_if_there(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):  # a thread that has ended
+        return ""
 
 
 @dataclass(frozen=True)

@@ -447,7 +447,11 @@ def in_memory(pid: int, needle: bytes) -> bool:
             span, access, *_ = line.split()
             start, end = (int(part, 16) for part in span.split("-"))
             if access.startswith("r") and "[v" not in line:
-                memory.seek(start)
-                if needle in memory.read(end - start):
+                try:
+                    memory.seek(start)
+                    seen = memory.read(end - start)
+                except OSError:  # the program, just started, has unmapped it
+                    continue
+                if needle in seen:
                     return True
     return False
