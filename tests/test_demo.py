@@ -14,20 +14,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sandboxd import demo
 from sandboxd.demo import report, show, stage
-from sandboxd.demo.hostile import hunt, kernel, probes
+from sandboxd.demo.hostile import probes
 from sandboxd.demo.hostile.agent import ATTEMPTS
 from sandboxd.demo.report import Result, Row
 from sandboxd.demo.server import open_bank
 from sandboxd.demo.stage import VARIABLE, open_stage
 from sandboxd.errors import Unavailable
 from sandboxd.secret import Secret
+from sandboxd.trial import hunt, reach
+from sandboxd.trial import stage as trial_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,16 +114,30 @@ def _short_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(show, "_plan", lambda *given: {**plan(*given), **roots})
 
 
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory of the host with a socket that answers everybody who can see it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(f"{name}/socket")
+            (path / "socket").chmod(0o666)
+            listener.listen()
+            yield path
+
+
 @pytest.mark.usefixtures("_short_walk")
 def test_a_leaking_sandbox_and_a_redactor_that_does_nothing_fail_the_demo(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], open_directory: Path
 ) -> None:
     written = stage.configuration
 
     def sabotaged(on: stage.Stage, port: int) -> dict[str, str]:
         files = written(on, port)
-        # The agent gets the secret as a constant of its environment, and the host's network.
+        # The agent gets a socket of the host's, the secret as a constant, and the host's network.
         files["agents/hostile.yaml"] += (
+            f"  - source: {open_directory}\n    target: /home/open\n"
             f"environment:\n  TOKEN: {on.secret.reveal().decode()}\nnetwork: host\n"
         )
         files["policies/demo.yaml"] = files["policies/demo.yaml"].replace(
@@ -128,7 +146,8 @@ def test_a_leaking_sandbox_and_a_redactor_that_does_nothing_fail_the_demo(
         return files
 
     monkeypatch.setattr(stage, "configuration", sabotaged)
-    monkeypatch.setattr(stage, "daemon_program", lambda: [sys.executable, "-c", WITHOUT_REDACTION])
+    run = [sys.executable, "-c", WITHOUT_REDACTION]
+    monkeypatch.setattr(trial_stage, "daemon_program", lambda: run)
     assert demo.main(arguments()) == 1
     printed = capsys.readouterr().out
     rows = rows_of(printed)
@@ -162,18 +181,17 @@ sys.exit(main())
 def test_an_agent_whose_searches_are_blind_fails_the_demo(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pack = stage.zipapp.create_archive
+    pack = stage.pack
 
-    def blind(source: Path, target: Path, **options: object) -> None:
-        copy = target.parent / "blind"
-        for path in (source / "hostile").iterdir():
-            if path.suffix == ".py":
-                (copy / "hostile").mkdir(parents=True, exist_ok=True)
-                text = path.read_text().replace('b"[0-9a-f]{32}"', 'b"never"')
-                (copy / "hostile" / path.name).write_text(text)
-        pack(copy, target, **options)  # type: ignore[arg-type]
+    def blind(target: Path, modules: Iterable[str], main: str) -> None:
+        pack(target, modules, main)
+        with zipfile.ZipFile(target) as archive:
+            texts = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(target, "w") as archive:
+            for name, text in texts.items():
+                archive.writestr(name, text.replace(b'b"[0-9a-f]{32}"', b'b"never"'))
 
-    monkeypatch.setattr(stage.zipapp, "create_archive", blind)
+    monkeypatch.setattr(stage, "pack", blind)
     assert demo.main(arguments(as_json=False)) == 1
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("!! ")]
@@ -203,7 +221,8 @@ sys.exit(main())
 def test_a_host_without_namespaces_is_told_with_a_hint_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tops: set[Path]
 ) -> None:
-    monkeypatch.setattr(stage, "daemon_program", lambda: [sys.executable, "-c", WITHOUT_NAMESPACES])
+    run = [sys.executable, "-c", WITHOUT_NAMESPACES]
+    monkeypatch.setattr(trial_stage, "daemon_program", lambda: run)
     with pytest.raises(Unavailable) as caught:
         demo.main(arguments())
     assert caught.value.exit_code == 6
@@ -227,14 +246,14 @@ def test_a_daemon_that_does_not_start_is_told_with_its_own_words(
 def tops(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     """The directories of all stages that a test made."""
     made: set[Path] = set()
-    make = stage.tempfile.mkdtemp
+    make = trial_stage.tempfile.mkdtemp
 
     def noted(**options: str) -> str:
         top = make(**options)
         made.add(Path(top))
         return top
 
-    monkeypatch.setattr(stage.tempfile, "mkdtemp", noted)
+    monkeypatch.setattr(trial_stage.tempfile, "mkdtemp", noted)
     return made
 
 
@@ -242,7 +261,8 @@ def tops(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
 
 HELD_STAGE = """
 import signal
-from sandboxd.demo.stage import open_stage, until_interrupted
+from sandboxd.demo.stage import open_stage
+from sandboxd.trial.stage import until_interrupted
 with until_interrupted(), open_stage() as stage:
     stage.start(1)
     print(stage.top, stage.daemon.pid, flush=True)
@@ -432,7 +452,7 @@ def test_searches_of_processes_find_a_value_in_another_one(
 
 def test_tracing_reports_each_way_that_works(victim: tuple[int, dict[str, bytes], int]) -> None:
     pid, values, fd = victim
-    for name, attack in kernel.ATTACKS.items():
+    for name, attack in reach.ATTACKS.items():
         found = hunt.Hunt()
         attack(found, pid, fd)
         if name == "pidfd_getfd":
@@ -441,7 +461,7 @@ def test_tracing_reports_each_way_that_works(victim: tuple[int, dict[str, bytes]
             assert found.has(values["environ"])
     gone = subprocess.Popen(["/bin/true"])
     gone.wait()
-    for attack in kernel.ATTACKS.values():
+    for attack in reach.ATTACKS.values():
         with pytest.raises(ProcessLookupError):
             attack(hunt.Hunt(), gone.pid, 0)
 
@@ -510,24 +530,24 @@ def test_the_search_of_sockets_connects_to_paths_and_abstract_names(tmp_path: Pa
 def test_the_search_of_keyrings_finds_a_foreign_key() -> None:
     value = foreign()
     try:
-        key = kernel.add_key(b"sandboxd-test", value)
+        key = reach.add_key(b"sandboxd-test", value)
     except PermissionError:
         pytest.skip("this host refuses keys to everybody")
     try:
         outcome = probes.keyrings(probes.Plan())
     finally:
-        kernel.remove_key(key)
+        reach.remove_key(key)
     assert value.decode() in loot_of(outcome)
     assert outcome.control is True
 
 
 def test_the_search_of_shared_memory_finds_a_foreign_segment() -> None:
     value = foreign()
-    segment = kernel.share(value)
+    segment = reach.share(value)
     try:
         outcome = probes.shared_memory(probes.Plan())
     finally:
-        kernel.unshare(segment)
+        reach.unshare(segment)
     assert value.decode() in loot_of(outcome)
     assert outcome.control is True
 

@@ -31,7 +31,9 @@ FLOORS = (
     ("main",),
     ("host",),
     ("doctor",),
+    ("trial",),
     ("demo",),
+    ("selftest",),
     ("cli",),
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
@@ -119,8 +121,16 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
         *(
             f"sandboxd.isolation.{name}"
             for name in (
-                "cgroup", "cgroup_places", "kernel", "launcher", "root", "sandbox", "wire",
-            )  # fmt: skip
+                "cgroup",
+                "cgroup_places",
+                "kernel",
+                "landlock",
+                "launcher",
+                "root",
+                "sandbox",
+                "seccomp",
+                "wire",
+            )
         ),
     }
     assert ours <= allowed, f"the launcher must not load {sorted(ours - allowed)}"

@@ -13,7 +13,8 @@ import sys
 import time
 
 from sandboxd.demo import report, show
-from sandboxd.demo.stage import open_stage, until_interrupted
+from sandboxd.demo.stage import open_stage
+from sandboxd.trial.stage import until_interrupted
 
 __all__ = ["main"]
 

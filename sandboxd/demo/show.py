@@ -23,13 +23,14 @@ from typing import Any
 import psutil
 
 from sandboxd.admin.client import AdminClient
-from sandboxd.demo.hostile import kernel, probes
+from sandboxd.demo.hostile import probes
 from sandboxd.demo.hostile.agent import ATTEMPTS, PAYMENT
-from sandboxd.demo.hostile.hunt import decoy
 from sandboxd.demo.report import Result, Row
 from sandboxd.demo.server import HELD, Bank, open_bank
 from sandboxd.demo.stage import AGENT, VARIABLE, Stage
 from sandboxd.errors import KernelError, Unavailable
+from sandboxd.trial import reach
+from sandboxd.trial.hunt import decoy
 
 __all__ = ["run"]
 
@@ -186,10 +187,10 @@ def _baits(stage: Stage) -> Iterator[str]:
         listener.bind("\0" + name)
         listener.listen()
         with suppress(OSError):  # a kernel without System V IPC has nothing to hide there
-            undo.callback(kernel.unshare, kernel.share(decoy()))
+            undo.callback(reach.unshare, reach.share(decoy()))
         with suppress(OSError):  # nor has one that refuses keys to everybody, as containers do
-            kernel.new_session_keyring()
-            kernel.add_key(b"sandboxd-demo-bait", decoy())
+            reach.new_session_keyring()
+            reach.add_key(b"sandboxd-demo-bait", decoy())
         yield name
 
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sandboxd.trial.hunt import know
+from sandboxd.trial.mcp import Client
+
 from . import calls, probes
-from .hunt import know
-from .mcp import Client
 from .probes import Outcome, Plan
 
 __all__ = ["ATTEMPTS", "PAYMENT", "main"]

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from . import kernel
-from .hunt import Hunt, processes, read_file
-from .mcp import Client, failed
+from sandboxd.trial import reach
+from sandboxd.trial.hunt import Hunt, processes, read_file
+from sandboxd.trial.mcp import Client, failed
+
 from .probes import Outcome, Plan, files
 
 __all__ = ["CALLS"]
@@ -112,7 +113,7 @@ def bridge(plan: Plan, client: Client) -> Outcome:
     for name in ("environ", "cmdline"):
         read_file(hunt, f"/proc/{client.pid}/{name}")
     control = hunt.has(plan.open_value.encode())  # the bridge was started with it
-    kernel.search_memory(hunt, client.pid)
+    reach.search_memory(hunt, client.pid)
     return Outcome(hunt, f"nothing in it, or {hunt.bytes >> 20} MiB of memory", control)
 
 
@@ -126,7 +127,7 @@ def spying(plan: Plan, client: Client) -> Outcome:
         for name in ("environ", "cmdline"):
             read_file(hunt, f"/proc/{pid}/{name}")
         if pid not in (os.getpid(), client.pid):
-            kernel.search_memory(hunt, pid)
+            reach.search_memory(hunt, pid)
     shared = files(replace(plan, roots=_SHARED))
     print(json.dumps({"event": "spied"}), flush=True)
     answer = client.wait(call)

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import kernel
-from .hunt import Hunt, decoy, neighbour, processes, read_file
+from sandboxd.trial import reach
+from sandboxd.trial.hunt import Hunt, decoy, neighbour, processes, read_file
 
 __all__ = ["CONTROLS", "PROBES", "Outcome", "Plan", "own_environments"]
 
@@ -112,7 +112,7 @@ def memory(plan: Plan) -> Outcome:
     with neighbour() as child:
         pids = processes(plan.only and plan.only | {child.pid, os.getpid()})
         for pid in pids:
-            kernel.search_memory(hunt, pid)
+            reach.search_memory(hunt, pid)
         control = hunt.has(bytes(own)) and hunt.has(child.environment)
     size = f"nothing in {hunt.bytes >> 20} MiB of"
     return Outcome(hunt, _counted(size, len(pids), "process", hunt), control)
@@ -205,7 +205,7 @@ def sockets(plan: Plan) -> Outcome:
 def keyrings(plan: Plan) -> Outcome:
     hunt = Hunt()
     control = keyring_control()
-    count = kernel.search_keyrings(hunt)
+    count = reach.search_keyrings(hunt)
     return Outcome(hunt, _counted("nothing in", count, "keyring", hunt), control)
 
 
@@ -214,18 +214,18 @@ def keyring_control() -> bool | str:
     hunt = Hunt()
     planted = decoy()
     try:
-        key = kernel.add_key(b"sandboxd-demo-decoy", planted)
+        key = reach.add_key(b"sandboxd-demo-decoy", planted)
     except OSError as failure:
         return f"refused: {errno.errorcode.get(failure.errno or 0, '?')}"
-    kernel.search_keyrings(hunt)
-    kernel.remove_key(key)
+    reach.search_keyrings(hunt)
+    reach.remove_key(key)
     return hunt.has(planted)
 
 
 def shared_memory(plan: Plan) -> Outcome:
     hunt = Hunt()
     try:
-        count = kernel.search_shared(hunt)
+        count = reach.search_shared(hunt)
     except OSError as failure:
         hunt.refuse(failure)
         return Outcome(hunt, "this kernel has none", shared_control())
@@ -237,13 +237,13 @@ def shared_control() -> bool | str:
     hunt = Hunt()
     planted = decoy()
     try:
-        segment = kernel.share(planted)
+        segment = reach.share(planted)
     except OSError as failure:
         return f"refused: {errno.errorcode.get(failure.errno or 0, '?')}"
     try:
-        kernel.search_shared(hunt)
+        reach.search_shared(hunt)
     finally:
-        kernel.unshare(segment)
+        reach.unshare(segment)
     return hunt.has(planted)
 
 
@@ -274,7 +274,7 @@ def tracing(plan: Plan) -> Outcome:
     others = [pid for pid in processes(plan.only) if pid not in mine]
     others += [pid for pid in plan.pids if pid not in others and pid not in mine]
     for pid in others:
-        for name, attack in kernel.ATTACKS.items():
+        for name, attack in reach.ATTACKS.items():
             try:
                 attack(hunt, pid, 0)
                 hunt.breach(f"{name} on process {pid}")
@@ -288,7 +288,7 @@ def tracing_control() -> bool | str:
     """The same three against a child of ours; or who refuses that."""
     hunt = Hunt()
     with neighbour() as child:
-        for name, attack in kernel.ATTACKS.items():
+        for name, attack in reach.ATTACKS.items():
             try:
                 attack(hunt, child.pid, child.fd)
             except OSError as failure:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from .hunt import PATTERN, Hunt
+from sandboxd.trial.hunt import PATTERN, Hunt
 
 __all__ = ["ATTACKS", "add_key", "remove_key", "search_keyrings", "search_memory"]
 
