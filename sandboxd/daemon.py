@@ -41,6 +41,9 @@ __all__ = ["Boot", "Daemon", "run"]
 
 _log = logging.getLogger("sandboxd")
 
+#: Seconds that what was kept ready for a session may take to end with it.
+_ENDING = 5.0
+
 
 @dataclass
 class Boot:
@@ -173,7 +176,13 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
     async def serve(
         session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        await serve_session_socket(session.socket, session, daemon.calls, task_status=task_status)
+        try:
+            await serve_session_socket(
+                session.socket, session, daemon.calls, task_status=task_status
+            )
+        finally:
+            with trio.move_on_after(_ENDING, shield=True):
+                await daemon.calls.end_session(session.id)
 
     bridge = Path(str(files("sandboxd.broker").joinpath("bridge.py")))
     daemon.sessions = Manager(

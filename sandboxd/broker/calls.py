@@ -171,6 +171,11 @@ class Calls:
             "the session was stopped",
         )
 
+    async def end_session(self, session_id: str) -> None:
+        """End what is kept ready for the calls of a session. It makes no more of them."""
+        await self._launcher.retire(session_id)
+        self._uids.forget(session_id)
+
     async def _cancel(self, calls: Sequence[_Live], reason: str) -> int:
         for live in calls:
             live.reason = live.reason or reason
@@ -277,10 +282,15 @@ class Calls:
         assert tool is not None  # an allowed decision has one
         await trio.to_thread.run_sync(check_program, tool)
         unsealed = await self._unseal(chosen)
-        uid = self._uids.acquire()
+        uid = self._uids.acquire(live.session.id, tool.name)
         try:
             prepared = prepare(
-                decision, unsealed, call=live.id, uid=uid, workspace=live.session.workspace
+                decision,
+                unsealed,
+                call=live.id,
+                uid=uid,
+                workspace=live.session.workspace,
+                template=live.session.id,
             )
             ended = trio.CancelScope()
             live.capture = Capture(
@@ -294,7 +304,7 @@ class Calls:
             await self._attend(live, prepared, live.capture, ended)
         finally:
             if not live.alive:  # else something may still run as it
-                self._uids.release(uid)
+                self._uids.release(uid, live.session.id, tool.name)
         if live.exit is None:
             raise Unavailable(
                 f"its processes would not die in {_REAP:g} s",

@@ -55,8 +55,9 @@ def prepare(
     call: str,
     uid: int,
     workspace: Path | None,
+    template: str = "",
 ) -> Prepared:
-    """What to launch for an allowed ``decision``.
+    """What to launch for an allowed ``decision``, from sandboxes kept ready for ``template``.
 
     Raises Invalid when the kernel could not take the environment and arguments (execve(2)).
     """
@@ -96,6 +97,7 @@ def prepare(
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=_limits(decision),
+        template=template,
     )
     return Prepared(spec_out, stdin, tuple(descriptors))
 

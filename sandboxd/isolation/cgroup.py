@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from sandboxd.errors import KernelError
@@ -122,6 +122,10 @@ class Cgroup:
         for place, path in self._places:
             if not (place.unified and born):
                 write(f"{path}/{'cgroup.procs' if place.unified else 'tasks'}", b"0")
+
+    def places(self) -> list[tuple[str, bool, Collection[str]]]:
+        """Of each hierarchy: this cgroup's path, whether it is unified, its controllers."""
+        return [(path, place.unified, place.controllers) for place, path in self._places]
 
     def kill(self) -> None:
         """SIGKILL for every process inside, where the kernel can do that (v2, Linux 5.14)."""

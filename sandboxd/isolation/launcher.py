@@ -272,9 +272,9 @@ class _Launcher:
             if pid == 0:
                 gc.disable()
                 kernel.set_title(self.arguments, "sandboxd-init")
-                join = partial(group.join, born=born) if group is not None else None
                 if ends:
-                    template.enter(ends[1], privileged=self.privileged, join=join)
+                    template.enter(ends[1], privileged=self.privileged, group=group, born=born)
+                join = partial(group.join, born=born) if group is not None else None
                 enter(number, fds, write, privileged=self.privileged, join=join)
             try:
                 pidfd = os.pidfd_open(pid)

@@ -136,8 +136,10 @@ class Pool:
                 self.nursery.start_soon(self._attend, template)
                 if template.worn:
                     template.end()
-            else:  # the launcher's end of the socket has closed by now, and with it the template
+            else:  # the launcher's copy of the socket is closed too, and with it the template
                 template.failure = KernelError("recvmsg", errno.EMFILE, "template")
+                template.gone.set()
+                del self._all[frame.number]
         elif frame.kind is Kind.FAILED:
             template.failure = failure_of(frame)
             template.dead.set()
@@ -146,7 +148,6 @@ class Pool:
         elif frame.kind is Kind.EXITED:
             template.usage = frame
             template.dead.set()
-            del self._all[frame.number]
         template.ready.set()
         return True
 
@@ -182,6 +183,7 @@ class Pool:
             template.take(None)
         finally:
             template.sock.close()
+            self._all.pop(template.number, None)
             template.gone.set()
 
     def _take(self, template: Template, frame: Frame) -> None:

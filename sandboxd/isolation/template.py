@@ -24,12 +24,13 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel, spawn
+from sandboxd.isolation.cgroup import Cgroup
+from sandboxd.isolation.meter import Meter
 from sandboxd.isolation.root import DELIVERED, memory_bounds, private_places
 from sandboxd.isolation.sandbox import INSIDE_ID, SIGNALS, build, limit, setup_failed
 from sandboxd.isolation.wire import (
@@ -54,26 +55,27 @@ _STACK = 256 << 10
 
 
 def enter(
-    sock: socket.socket, *, privileged: bool, join: Callable[[], None] | None = None
+    sock: socket.socket, *, privileged: bool, group: Cgroup | None = None, born: bool = False
 ) -> NoReturn:
     """Become a template for whatever ``sock`` asks first. Ends when its other end closes.
 
-    ``join`` puts this process into its cgroup.
+    ``group`` is its cgroup; ``born``: this process was made inside.
     """
     launch: _Launch | None = None
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         kernel.set_dumpable(False)
         kernel.close_all_but([sock.fileno()])
-        if join is not None:
-            join()
         for _ in range(3):  # so that no stream of a call ever has one of these numbers
             os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        if group is not None:
+            group.join(born=born)
+        meter = Meter(group)
         launch = _receive(sock)
         if launch is not None:
             with spawn.mapped(launch.fds[0], MAX_SPEC) as spec:
                 lasting = bytes(spec.view[slice(*lasting_span(spec.view))])
-            _Template(sock, lasting, privileged=privileged).serve(launch)
+            _Template(sock, lasting, meter, privileged=privileged).serve(launch)
     except SandboxdError as failure:
         _send(sock, replace(failed(launch.number if launch else 0, failure), b=1))
     except BaseException as failure:
@@ -92,8 +94,10 @@ class _Launch:
 
 
 class _Template:
-    def __init__(self, sock: socket.socket, lasting: bytes, *, privileged: bool) -> None:
-        self.sock, self.lasting = sock, lasting
+    def __init__(
+        self, sock: socket.socket, lasting: bytes, meter: Meter, *, privileged: bool
+    ) -> None:
+        self.sock, self.lasting, self.meter = sock, lasting, meter
         self.spec = decode_lasting(lasting)
         build(self.spec, privileged=privileged, lasting=True)
         kernel.drop_bounding_set()
@@ -104,8 +108,8 @@ class _Template:
         self.attributes = spawn.inherited_attributes()
         self.launched = _thread.allocate_lock()
         self.launched.acquire()
-        # Of the call that runs:
-        self.number, self.program, self.mounts = 0, 0, -1
+        # Of the call that runs, or comes next; ``used``: microseconds of CPU before it.
+        self.number, self.program, self.mounts, self.used = 0, 0, -1, 0
         self.unusable = False
 
     def serve(self, launch: _Launch | None) -> NoReturn:
@@ -141,9 +145,8 @@ class _Template:
             _discard_signals()
             if problem is not None:
                 raise problem
-            used = _used(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
             self.program = self._start(launch, files)
-            _send(self.sock, Frame(Kind.STARTED, self.number, used))
+            _send(self.sock, Frame(Kind.STARTED, self.number, self.used))
         except SandboxdError as failure:
             _send(self.sock, replace(failed(self.number, failure), b=self.unusable))
         except BaseException as failure:
@@ -170,6 +173,11 @@ class _Template:
         except OSError as failure:
             raise KernelError("chdir", failure.errno or 0, self.spec.cwd) from None
         spawn.drop_held_capabilities()
+        self.meter.mark()
+        total = self.meter.cpu()
+        self.used = (
+            _used(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) if total is None else total
+        )
         return files
 
     def _files(self) -> list[int]:
@@ -248,10 +256,16 @@ class _Template:
         while ended is not None:
             cpu, memory = cpu + ended[2], max(memory, ended[3])
             ended = _reap(0)
+        used = self.meter.read()
+        if used.oom or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            # Perhaps for want of memory, on which the launcher acts, and which it will report.
+            os._exit(0)
         _discard_signals()
         self.unusable = self.unusable or not spawn.clear_keyrings() or self._is_changed()
         text = LAST if self.unusable else ""
-        _send(self.sock, Frame(Kind.EXITED, self.number, status, int(cpu * 1e6), memory, text=text))
+        microseconds = int(cpu * 1e6) if used.cpu_us is None else used.cpu_us
+        peak = used.peak_kib
+        _send(self.sock, Frame(Kind.EXITED, self.number, status, microseconds, memory, peak, text))
 
     def _is_changed(self) -> bool:
         """Whether the call left traces in what the next would inherit, or time has run out."""

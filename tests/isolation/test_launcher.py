@@ -183,7 +183,8 @@ print(*sys.modules)
 
 
 _PRIVILEGED = (
-    "cgroup", "cgroup_places", "kernel", "launcher", "root", "sandbox", "spawn", "template",
+    "cgroup", "cgroup_places", "kernel", "launcher", "meter", "root", "sandbox", "spawn",
+    "template",
 )  # fmt: skip
 
 

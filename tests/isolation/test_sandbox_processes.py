@@ -194,10 +194,13 @@ while True:
         os.wait()
     except ChildProcessError:
         break
+def is_zombie(pid):
+    try:
+        return status("State", pid)[0] == "Z"
+    except OSError:  # it has gone
+        return False
 def zombies():
-    pids = [n for n in os.listdir("/proc") if n.isdigit()]
-    return [p for p in pids if attempt(lambda: status("State", p)) == "ok"
-            and status("State", p)[0] == "Z"]
+    return [n for n in os.listdir("/proc") if n.isdigit() and is_zombie(n)]
 import time
 deadline = time.monotonic() + 5
 while zombies() and time.monotonic() < deadline:
