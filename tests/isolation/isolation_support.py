@@ -90,8 +90,8 @@ class Result:
 class Running:
     """A started program with its output read as it comes."""
 
-    def __init__(self, process: Process, out: int, err: int) -> None:
-        self.process = process
+    def __init__(self, process: Process, out: int, err: int, stdin: int = -1) -> None:
+        self.process, self._stdin = process, stdin
         self._out, self._err = trio.lowlevel.FdStream(out), trio.lowlevel.FdStream(err)
 
     async def ready(self, word: bytes = b"ready\n") -> bytes:
@@ -102,6 +102,11 @@ class Running:
             assert chunk, f"ended before it was ready: {seen!r} {await self._rest(self._err)!r}"
             seen += chunk
         return seen
+
+    async def finish(self) -> Result:
+        """Let the program that waits on its standard input go on, to its end."""
+        os.write(self._stdin, b"\n")
+        return await self.end()
 
     async def end(self) -> Result:
         """Wait for the end; the output that is left, up to the closing of both pipes."""
@@ -115,6 +120,8 @@ class Running:
     async def aclose(self) -> None:
         await self._out.aclose()
         await self._err.aclose()
+        if self._stdin >= 0:
+            os.close(self._stdin)
 
 
 class Box:
@@ -147,13 +154,19 @@ class Box:
 
     @asynccontextmanager
     async def start(
-        self, *argv: str | bytes, extra: Sequence[int] = (), **more: Any
+        self, *argv: str | bytes, extra: Sequence[int] = (), stdin: bool = False, **more: Any
     ) -> AsyncIterator[Running]:
-        """Start a program; killed at the end of the block if it still runs."""
+        """Start a program; killed at the end of the block if it still runs.
+
+        It reads an empty standard input, or one that :meth:`Running.finish` writes to.
+        """
         # As the daemon does, so that one template serves one launch after another.
         reused = self._free.pop() if self.template and self._free else self.uid()
         uid = more.setdefault("uid", reused)
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        null, writer = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), -1
+        if stdin:
+            os.close(null)
+            null, writer = os.pipe2(os.O_CLOEXEC)
         out, out_end = os.pipe2(os.O_CLOEXEC)
         err, err_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -168,7 +181,7 @@ class Box:
         finally:
             for fd in (null, out_end, err_end):
                 os.close(fd)
-        running = Running(process, out, err)
+        running = Running(process, out, err, writer)
         try:
             yield running
         finally:
