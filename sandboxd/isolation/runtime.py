@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pwd
 import sys
 from pathlib import Path
 
@@ -18,8 +19,20 @@ def python_argv(program: str) -> tuple[bytes, ...]:
 
 
 def python_mounts() -> tuple[MountSpec, ...]:
-    """Read-only mounts that show the interpreter and its packages at their own paths."""
-    return tuple(MountSpec(prefix, prefix) for prefix in python_prefixes())
+    """Read-only mounts that show the interpreter and its packages at their own paths.
+
+    Of a Python that was installed right into somebody's home directory only its own parts are
+    shown: the rest is that person's.
+    """
+    homes = _homes()
+    mounts = []
+    for prefix in python_prefixes():
+        if any(home.is_relative_to(prefix) for home in homes):
+            parts = [Path(prefix, name) for name in ("bin", "lib", "lib64", "pyvenv.cfg")]
+            mounts += [MountSpec(str(part), str(part)) for part in parts if part.exists()]
+        else:
+            mounts.append(MountSpec(prefix, prefix))
+    return tuple(mounts)
 
 
 @functools.cache
@@ -28,13 +41,21 @@ def python_prefixes() -> tuple[str, ...]:
 
     A virtual environment, the installation below it, and where its links really lead.
     """
-    executable = Path(sys.executable)
     found = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.base_exec_prefix)}
     found |= {path.resolve() for path in found}
-    found.add(executable.resolve().parent.parent)
+    installation = Path(sys.executable).resolve().parent.parent
+    if (installation / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}").is_dir():
+        found.add(installation)
     outside = sorted(str(p) for p in found if not p.is_relative_to("/usr") and p != Path("/"))
     return tuple(
         path
         for path in outside
         if not any(path != other and Path(path).is_relative_to(other) for other in outside)
     )
+
+
+@functools.cache
+def _homes() -> frozenset[Path]:
+    """Everybody's home directory, and this process's own."""
+    named = {entry.pw_dir for entry in pwd.getpwall()} | {os.environ.get("HOME", "")}
+    return frozenset(Path(name) for name in named if name.startswith("/") and name != "/")

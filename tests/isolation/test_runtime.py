@@ -11,6 +11,7 @@ import pytest
 import trio
 from isolation_support import Box
 
+from sandboxd.isolation import runtime
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.launcher import fork_launcher
 from sandboxd.isolation.runtime import python_argv, python_mounts, python_prefixes
@@ -52,3 +53,15 @@ def test_the_prefixes_cover_the_interpreter_and_no_directory_twice() -> None:
     assert Path("/") not in prefixes
     for one in prefixes:
         assert not any(one != other and one.is_relative_to(other) for other in prefixes)
+
+
+def test_a_python_in_a_home_directory_shows_no_more_of_it_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bin", "lib", "Documents"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(runtime, "python_prefixes", lambda: (str(tmp_path),))
+    assert [mount.source for mount in runtime.python_mounts()] == [str(tmp_path)]
+    monkeypatch.setattr(runtime, "_homes", lambda: frozenset({tmp_path}))
+    shown = [str(tmp_path / name) for name in ("bin", "lib")]
+    assert [mount.source for mount in runtime.python_mounts()] == shown
