@@ -123,7 +123,7 @@ def by_group_alone(box: Box, monkeypatch: pytest.MonkeyPatch, **operands: int) -
     send = box.launcher.send
 
     async def sending(frame: Frame, *fds: int) -> None:
-        if frame.kind is Kind.LAUNCH:
+        if frame.kind in (Kind.LAUNCH, Kind.TEMPLATE):
             frame = replace(frame, **operands)
         await send(frame, *fds)
 
