@@ -377,6 +377,8 @@ class Calls:
                 duration_ms=round((trio.current_time() - live.began) * 1000),
                 cpu_ms=end.cpu_ms if end else 0,
                 max_rss_kib=end.max_rss_kib if end else 0,
+                peak_kib=end.peak_kib if end else 0,
+                out_of_memory=end.oom if end else False,
                 output_bytes=capture.received if capture else 0,
                 redactions=capture.redactions if capture else 0,
             )

@@ -139,6 +139,7 @@ def _limits(decision: Decision) -> Limits:
         "file_size": limits.file_size,
         "cpu_seconds": None if limits.cpu is None else max(1, round(limits.cpu)),
         "tmp_size": limits.tmp_size,
+        "millicpus": None if limits.cpus is None else round(limits.cpus * 1000),
     }
     return Limits(**{name: int(value) for name, value in given.items() if value is not None})
 

@@ -59,6 +59,13 @@ def result_of(
             message=f"{tool} was ended after {decision.timeout:g} s",
             hint="ask for less at once; the operator sets timeout in the tool's manifest",
         )
+    if end.oom:
+        return replace(
+            result,
+            outcome="failed",
+            message=f"{tool} was ended: its processes ran out of memory",
+            hint="ask for less at once; the operator sets limits: {memory: ...} in its manifest",
+        )
     if end.signal is not None:
         name, hint = _signal(end.signal)
         return replace(result, outcome="failed", message=f"{tool} was killed by {name}", hint=hint)

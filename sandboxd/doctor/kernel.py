@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandboxd.doctor.check import Check, State, lines, read, sysctl
+from sandboxd.doctor.check import Check, State, read, sysctl
+from sandboxd.isolation.wire import CgroupState
 
 __all__ = ["checks"]
 
@@ -27,7 +28,7 @@ def checks(probed: Mapping[str, Mapping[str, Any]], state: Path) -> Iterator[Che
     yield _idmap(results.get("idmap"), state)
     yield _landlock(results["landlock"])
     yield from _system_calls(results)
-    yield _cgroups(results["cgroup_write"])
+    yield _cgroups(results["cgroups"])
 
 
 @dataclass(frozen=True)
@@ -275,34 +276,24 @@ def _system_calls(results: Mapping[str, _Probe]) -> Iterator[Check]:
 
 def _cgroups(probe: _Probe) -> Check:
     name = "cgroups"
-    kinds = {line.split(" - ")[1].split()[0] for line in lines("/proc/self/mountinfo")}
-    version = {
-        (True, True): "hybrid (v1 with v2 beside it)",
-        (True, False): "v2",
-        (False, True): "v1",
-        (False, False): "not mounted",
-    }["cgroup2" in kinds, "cgroup" in kinds]
-    words = probe.detail.split() if probe.ok else []
-    controllers = {c for word in words for c in word.split(":")[1].split(",")}
-    kill = any(word.endswith(":kill") for word in words)
-    lacking = [c for c in ("memory", "pids", "cpu") if c not in controllers]
-    if not lacking and kill:
-        return Check(name, "ok", f"{version}, delegated with memory, pids, cpu")
-    detail = f"{version}, " + ("nothing delegated to us" if not words else "partly delegated")
-    costs = []
-    if lacking:
-        costs.append(
-            f"no {', '.join(lacking)} limit for a whole sandbox: limits hold per process (rlimits)"
-        )
-    if not kill:
-        costs.append("no cgroup.kill: sandboxes end by their pid namespace alone")
+    state = CgroupState.unpack(probe.detail) if probe.ok else CgroupState(lacking=probe.why)
+    has = f"{state.version}: {' '.join(sorted(state.controllers))}" if state.version else "none"
+    if state.complete:
+        return Check(name, "ok", has)
+    absent = [name for name in ("memory", "pids", "cpu") if name not in state.controllers]
     fix = "run it as a service with Delegate=yes (sandboxctl install), on a host with cgroup v2"
     if os.geteuid() != 0:
         fix = (
             "start it with delegation: systemd-run --user --scope -p Delegate=yes sandboxd, on a "
             "host with cgroup v2"
         )
-    return Check(name, "degraded", detail, "; ".join(costs), fix)
+    return Check(
+        name,
+        "degraded",
+        f"{has}; {state.lacking}",
+        f"no {', '.join(absent)} limit for a whole sandbox: limits hold per process (rlimits)",
+        fix,
+    )
 
 
 def _container() -> str:

@@ -22,14 +22,13 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sandboxd.errors import KernelError
-from sandboxd.isolation import kernel
+from sandboxd.isolation import cgroup, kernel
 from sandboxd.isolation.launcher import fork_launcher
 from sandboxd.isolation.wire import FRAME, Frame, Kind, LaunchSpec, encode_spec, sealed_memfd
 
@@ -89,7 +88,7 @@ def main(directory: str) -> None:
         "pidfd": _pidfd,
         "peerpidfd": _peerpidfd,
         "clone3": _clone3,
-        "cgroup_write": _cgroup,
+        "cgroups": _cgroup,
         "sandbox": _sandbox,
     }
     if privileged:
@@ -333,37 +332,10 @@ def _idmap(directory: str) -> str:
 
 
 def _cgroup() -> str:
-    """Where below the own cgroup another can be made: words ``v1|v2:controllers[:kill]``."""
-    mounts: dict[str, str] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
-        point = before.split()[4]
-        if kind == "cgroup2":
-            mounts[""] = point
-        elif kind == "cgroup":
-            for word in options.split(","):
-                mounts.setdefault(word, point)
-    writable: list[str] = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = mounts.get(controllers.split(",")[0])
-        if mount is None:
-            continue
-        at = Path(mount + path)
-        if not at.is_dir():
-            at = Path(mount)
-        try:
-            made = Path(tempfile.mkdtemp(prefix="sandboxd-probe-", dir=at))
-        except OSError:
-            continue
-        kill = (made / "cgroup.kill").exists()
-        made.rmdir()
-        names = controllers
-        if not controllers:
-            names = (at / "cgroup.controllers").read_text().strip().replace(" ", ",")
-        writable.append(f"{'v1' if controllers else 'v2'}:{names}{':kill' if kill else ''}")
-    return " ".join(writable)
+    """What the launcher would have here, found as it finds it; the cgroups are removed again."""
+    groups = cgroup.set_up()
+    groups.close()
+    return groups.state.pack()
 
 
 def _sandbox() -> str:

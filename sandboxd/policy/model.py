@@ -23,6 +23,7 @@ from sandboxd.policy.values import (
     Duration,
     Glob,
     Line,
+    Processors,
     ProgramPath,
     Size,
     Slug,
@@ -77,7 +78,12 @@ def _empty() -> Mapping[str, Any]:
 
 @attrs.frozen
 class Limits:
-    """Bounds of one process tree. None: not limited by this file."""
+    """Bounds of one sandbox. None: not limited by this file.
+
+    ``memory``, ``processes`` and ``cpus`` hold for all its processes together where the host has
+    cgroups; ``cpu`` is processor time that one process may use up, ``cpus`` what all of them get
+    at a time.
+    """
 
     memory: Size | None = None
     processes: Count | None = None
@@ -85,6 +91,7 @@ class Limits:
     cpu: Duration | None = None
     file_size: Size | None = None
     tmp_size: Size | None = None
+    cpus: Processors | None = None
 
     def narrowed(self, other: Limits) -> Limits:
         """The smaller of the two, field by field."""

@@ -23,6 +23,7 @@ __all__ = [
     "Duration",
     "Glob",
     "Line",
+    "Processors",
     "ProgramPath",
     "Size",
     "Slug",
@@ -38,6 +39,7 @@ __all__ = [
 Size = NewType("Size", int)
 Duration = NewType("Duration", float)
 Count = NewType("Count", int)
+Processors = NewType("Processors", float)
 Line = NewType("Line", str)
 AbsolutePath = NewType("AbsolutePath", Path)
 ProgramPath = NewType("ProgramPath", Path)
@@ -50,6 +52,7 @@ Ask = NewType("Ask", bool)
 MAX_SIZE = 1 << 50
 MAX_DURATION = 366 * 86_400.0
 MAX_COUNT = 1 << 31
+MIN_PROCESSORS, MAX_PROCESSORS = 0.01, 4096.0
 
 _SIZE = re.compile(r"([0-9]{1,12})([KMGT])?(?:i?B)?")
 _SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -183,6 +186,19 @@ def duration(value: Any) -> Duration:
     return Duration(seconds)
 
 
+def processors(value: Any) -> Processors:
+    """How many processors' worth of time: ``2``, ``0.5``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        hint = "drop the quotes" if isinstance(value, str) else ""
+        raise Wrong(f"expected a number of processors, found {found(value)}", hint)
+    if not MIN_PROCESSORS <= value <= MAX_PROCESSORS:  # which NaN is not, either
+        raise Wrong(
+            f"expected a number of processors from {MIN_PROCESSORS} to {MAX_PROCESSORS:,.0f}, "
+            f"found {value}"
+        )
+    return Processors(float(value))
+
+
 def absolute_path(value: Any) -> AbsolutePath:
     """An absolute path as it stands: no ``..``, no doubled or trailing slash."""
     words = text(value)
@@ -235,6 +251,7 @@ checks: dict[Any, Callable[[Any], Any]] = {
     Ask: ask,
     int: integer,
     Count: count,
+    Processors: processors,
     Line: line,
     Size: size,
     Duration: duration,

@@ -178,12 +178,22 @@ def _listed_keys() -> list[int]:
 def share(payload: bytes) -> int:
     """A System V segment that holds ``payload``."""
     segment = _checked(_libc.shmget(_IPC_PRIVATE, 4096, _IPC_CREAT | 0o600))
-    address = _libc.shmat(segment, None, 0)
+    address = attach(segment)
+    ctypes.memmove(address, payload, len(payload))
+    detach(address)
+    return segment
+
+
+def attach(segment: int, flags: int = 0) -> int:
+    """shmat(2): where the segment lies now."""
+    address = _libc.shmat(segment, None, flags)
     if address in (None, ctypes.c_void_p(-1).value):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    ctypes.memmove(address, payload, len(payload))
+    return int(address)
+
+
+def detach(address: int) -> None:
     _libc.shmdt(ctypes.c_void_p(address))
-    return segment
 
 
 def unshare(segment: int) -> None:
@@ -196,12 +206,13 @@ def search_shared(hunt: Hunt) -> int:
         rows = [line.split() for line in table][1:]
     for row in rows:
         segment, size = int(row[1]), int(row[3])
-        address = _libc.shmat(segment, None, _SHM_RDONLY)
-        if address in (None, ctypes.c_void_p(-1).value):
-            hunt.refuse(OSError(ctypes.get_errno(), ""))
+        try:
+            address = attach(segment, _SHM_RDONLY)
+        except OSError as failure:
+            hunt.refuse(failure)
             continue
         hunt.look(f"shared segment {segment}", ctypes.string_at(address, size))
-        _libc.shmdt(ctypes.c_void_p(address))
+        detach(address)
     return len(rows)
 
 

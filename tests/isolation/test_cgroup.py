@@ -519,7 +519,7 @@ def delegated() -> Iterator[tuple[Path, int]]:
 
     The process stands for the daemon.
     """
-    path = Path(UNIFIED, f"sandboxd-test-{os.getpid()}")
+    path = Path(UNIFIED, f"test-sandboxd-{os.getpid()}")
     path.mkdir()
     for name in ("", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"):
         os.chown(path / name, ORDINARY_UID, ORDINARY_UID)

@@ -43,7 +43,8 @@ def test_a_full_manifest_is_read(config: Any) -> None:
         timeout: 1m
         output_limit: 64K
         on_overflow: kill
-        limits: {memory: 64M, processes: 8, files: 32, cpu: 500ms, file_size: 1G, tmp_size: 2MiB}
+        limits:
+          {memory: 64M, processes: 8, files: 32, cpu: 500ms, file_size: 1G, tmp_size: 2MiB, cpus: 2}
         annotations: {title: Echo, readOnlyHint: true}
         """,
     )
@@ -60,6 +61,7 @@ def test_a_full_manifest_is_read(config: Any) -> None:
     )
     assert (tool.timeout, tool.output_limit, tool.limits.cpu) == (60.0, 65_536, 0.5)
     assert (tool.limits.memory, tool.limits.tmp_size) == (64 << 20, 2 << 20)
+    assert tool.limits.cpus == 2.0
     assert tool.annotations.as_dict() == {"title": "Echo", "readOnlyHint": True}
 
 

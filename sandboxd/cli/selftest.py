@@ -1,0 +1,36 @@
+"""``sandboxctl selftest``: needs no running daemon, it starts its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from sandboxd.cli.parser import Commands, command
+
+__all__ = ["add"]
+
+
+def add(commands: Commands, name: str, line: str) -> None:
+    parser = command(
+        commands,
+        name,
+        selftest,
+        help=line,
+        description="Start a real daemon in a temporary directory and try every way out of a "
+        "sandbox that we know of, from inside an agent's and from inside a tool's, on this very "
+        "kernel. Each attempt has the denials that are right, and a control that shows that it "
+        "works where it is allowed. Prints what deviates and a summary. Needs no root and no "
+        "configuration; run it as the user who runs sandboxd. Exits with 1 when anything got "
+        "through or a control failed.",
+        examples=[
+            ("sandboxctl selftest", "before trusting a host, and after a kernel update"),
+            ("sandboxctl selftest -v", "every attempt with its control"),
+            ("sandboxctl selftest --json", "the same for programs"),
+        ],
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print every row")
+
+
+def selftest(args: argparse.Namespace) -> int:
+    from sandboxd.selftest import main
+
+    return main(args)

@@ -1,0 +1,308 @@
+"""The performance: baits laid out, the daemon started, both places probed, the controls run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sandboxd.admin.client import AdminClient
+from sandboxd.errors import KernelError, Unavailable
+from sandboxd.selftest.baits import Baits, open_baits
+from sandboxd.selftest.judge import OUTSIDE, Result, judge, places_of
+from sandboxd.selftest.prober.catalogue import PROBES
+from sandboxd.selftest.prober.probe import AGENT, BOTH, TOOL, Layers
+from sandboxd.selftest.stage import AGENT as SLUG
+from sandboxd.selftest.stage import PROCESSES, TMP_SIZE, VARIABLE, Stage
+
+__all__ = ["run"]
+
+_SECONDS = 150.0
+_LEFT = "leave a daemon behind"
+
+
+def run(stage: Stage) -> Result:
+    """Perform on ``stage`` and judge. Raises Unavailable when the host can't isolate."""
+    with ExitStack() as undo:
+        baits = undo.enter_context(open_baits(stage.top))
+        stage.start()
+        client = undo.enter_context(AdminClient.connect(stage.paths))
+        value = base64.b64encode(stage.secret.reveal()).decode()
+        client.call("env.set", agent=SLUG, values={VARIABLE: value}, now=False)
+        seen = _Seen(marker=f"sandboxd-selftest-{secrets.token_hex(8)}")
+        mode = client.call("status")["mode"]
+        layers = _perform(client, stage, baits, seen)
+        records = list(client.stream("audit.tail", n=10_000))
+        stage.stop()
+        return _judge(stage, seen, records, layers, mode)
+
+
+@dataclass
+class _Seen:
+    """What came back: every prober's lines, what the tools answered, and who was watched."""
+
+    marker: str
+    lines: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    printed: bytes = b""
+    lingering: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    done: bool = False
+
+    def take(self, text: str) -> list[dict[str, Any]]:
+        """Keep the probers' lines of ``text``; the events among them are the caller's."""
+        events = []
+        for line in text.splitlines():
+            try:
+                told = json.loads(line)
+                if "event" in told:
+                    events.append(told)
+                else:
+                    self.lines.setdefault(told["place"], {})[told["probe"]] = told
+            except (ValueError, TypeError, KeyError):
+                self.problems.append(f"a prober's line can't be read: {line[:200]!r}")
+        return events
+
+
+def _perform(
+    client: AdminClient, stage: Stage, baits: Baits, seen: _Seen
+) -> dict[str, list[dict[str, str]]]:
+    """Run the agent to its end, attached, and the controls meanwhile. Returns the layers."""
+    neighbour = client.call("session.start", agent="neighbour", args=[], tty=False, attach=False)
+    try:
+        started, fds = client.call_with_fds(
+            "session.start", agent=SLUG, args=[], tty=False, attach=True
+        )
+    except KernelError as failure:
+        raise Unavailable(
+            f"this host does not let a sandbox be built: {failure.message}",
+            hint="see what it lacks: sandboxctl doctor",
+        ) from None
+    shown = client.call("session.show", id=started["id"])
+    explained = client.call("policy.explain", agent=SLUG, tool="probe", arguments={})
+    outside: list[tuple[str, subprocess.Popen[str]]] = []
+    watching = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(seen, watching), daemon=True)
+    watcher.start()
+    try:
+        for event in _events(fds, seen):
+            if event["event"] == "holding":
+                plan = _plan(stage, baits, seen, shown["pid"], neighbour)
+                os.write(fds[0], plan.encode() + b"\n")
+                outside = [(place, _control(stage, place, plan)) for place in OUTSIDE]
+            else:
+                _note(event, seen)
+        for place, process in outside:
+            printed, complaint = process.communicate(timeout=_SECONDS)
+            for event in seen.take(printed):
+                seen.lines.setdefault(place, {})
+                seen.problems += [] if event["event"] == "no scratch" else [str(event)]
+            if process.returncode != 0:
+                seen.problems.append(f"the controls in {place} ended early: {complaint[-300:]}")
+    finally:
+        watching.set()
+        for fd in fds:
+            os.close(fd)
+        for _, process in outside:
+            process.kill()
+    if not seen.done:
+        ending = client.call("session.wait", id=started["id"])
+        last = seen.printed[-400:].decode(errors="replace")
+        seen.problems.append(f"the prober ended early, {ending['reason']}: {last}")
+    else:
+        client.call("session.wait", id=started["id"])
+    watcher.join()
+    return {AGENT: shown["isolation"], TOOL: explained["isolation"]}
+
+
+def _note(event: dict[str, Any], seen: _Seen) -> None:
+    if event["event"] == "done":
+        seen.done = True
+    elif event["event"] == "problem":
+        seen.problems.append(str(event["detail"]))
+    elif event["event"] in ("tool", "held"):
+        content = event["result"].get("result", {}).get("content", [])
+        text = "\n".join(part.get("text", "") for part in content)
+        seen.answers[event["event"]] = text or json.dumps(event["result"])[:500]
+        if event["event"] == "tool":
+            seen.take(text)
+
+
+def _events(fds: list[int], seen: _Seen) -> Iterator[dict[str, Any]]:
+    """The agent's events as they come; the rest of its lines is kept."""
+    _, stdout, stderr = fds
+    buffers = {stdout: b"", stderr: b""}
+    deadline = time.monotonic() + _SECONDS
+    while buffers:
+        ready, _, _ = select.select(list(buffers), [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            seen.problems.append(f"the prober was not done after {_SECONDS:.0f} s")
+            return
+        for fd in ready:
+            data = os.read(fd, 1 << 16)
+            seen.printed += data
+            if not data:
+                del buffers[fd]
+                continue
+            whole, _, buffers[fd] = (buffers[fd] + data).rpartition(b"\n")
+            yield from seen.take(whole.decode(errors="replace"))
+
+
+def _control(stage: Stage, place: str, plan: str) -> subprocess.Popen[str]:
+    """The prober outside, where the attacks must work."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-B", str(stage.archive), place],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write(plan + "\n")
+    process.stdin.flush()
+    return process
+
+
+def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[str, Any]) -> str:
+    """All that a prober could wish to know, so that no probe fails by ignorance."""
+    assert stage.daemon is not None
+    where = stage.paths
+    launcher = psutil.Process(agent).ppid()
+    pids = {"bystander": baits.bystander, "daemon": stage.daemon.pid, "launcher": launcher}
+    pids |= {"neighbour": neighbour["pid"], "selftest": os.getpid()}
+    for init in psutil.Process(launcher).children():
+        if init.pid not in (agent, neighbour["pid"]):
+            pids |= {"holder": init.pid}
+            pids |= {f"program of {child.ppid()}": child.pid for child in init.children()}
+    paths: dict[str, Path | str] = {
+        "master key": stage.key,
+        "store": where.store,
+        "audit log": where.audit,
+        "daemon log": stage.log,
+        "configuration": where.config / "agents" / f"{SLUG}.yaml",
+        "state": where.state,
+        "lock": where.lock,
+        "session directory": where.sessions,
+        "workspaces": where.workspaces,
+        "bait": stage.bait,
+        "admin socket": where.admin_socket,
+        "bait socket": baits.socket,
+        "another session's socket": where.sessions / neighbour["id"] / "broker.sock",
+        "setuid id": stage.planted / "id",
+        "capable cat": stage.planted / "cat",
+        "capable target": stage.planted / "closed",
+    }
+    return json.dumps(
+        {
+            "paths": {name: str(path) for name, path in paths.items()},
+            "pids": pids,
+            "addresses": baits.addresses,
+            "port": baits.port,
+            "udp_port": baits.udp_port,
+            "abstract": baits.abstract,
+            "ipc_key": baits.ipc_key,
+            "segment": baits.segment,
+            "queue": baits.queue,
+            "shared_file": baits.shared_file,
+            "key": baits.key,
+            "tmp_size": TMP_SIZE,
+            "processes": PROCESSES,
+            "since": stage.since,
+            "marker": seen.marker,
+        }
+    )
+
+
+def _watch(seen: _Seen, ended: threading.Event) -> None:
+    """See each daemon that a probe leaves behind, by the marker in its arguments."""
+    while not ended.wait(0.1) and len(seen.lingering) < len(BOTH):
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                for place in BOTH:
+                    if f"{seen.marker}-{place}" in words:
+                        seen.lingering.setdefault(place, process.pid)
+
+
+def _judge(
+    stage: Stage,
+    seen: _Seen,
+    records: list[dict[str, Any]],
+    layers: dict[str, list[dict[str, str]]],
+    mode: str,
+) -> Result:
+    _see_the_end(seen)
+    rows = [
+        judge(probe, place, seen.lines, _deciding(layers.get(place, [])))
+        for probe in PROBES
+        for place in places_of(probe)
+    ]
+    problems = list(seen.problems)
+    problems += _held(stage, seen, records)
+    canary = stage.secret.reveal()
+    if canary in seen.printed:
+        problems.append("the canary is in the agent's output")
+    for path in sorted(stage.top.rglob("*")):
+        with suppress(PermissionError):  # one that we closed to ourselves
+            if path.is_file() and canary in path.read_bytes():
+                problems.append(f"the canary is in {path.relative_to(stage.top)}")
+    return Result(rows, mode=mode, kernel=platform.release(), layers=layers, problems=problems)
+
+
+def _see_the_end(seen: _Seen) -> None:
+    """What a probe left behind was there, and ended with its sandbox."""
+    left = {
+        word
+        for process in psutil.process_iter()
+        for word in _arguments(process)
+        if word.startswith(seen.marker)
+    }
+    for place in BOTH:
+        line = seen.lines.get(place, {}).get(_LEFT)
+        if line is not None and line["got"] == "started":
+            line["got"] = "ok" if f"{seen.marker}-{place}" in left else "gone"
+            line["control"] = "ok" if place in seen.lingering else "was never seen"
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return list(process.cmdline())
+    return []
+
+
+def _held(stage: Stage, seen: _Seen, records: list[dict[str, Any]]) -> list[str]:
+    """The searches prove something if a tool held the canary all the while, in every way."""
+    digest = hashlib.sha256(stage.secret.reveal()).hexdigest()
+    try:
+        held = json.loads(seen.answers.get("held", "").splitlines()[0])["held"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        answer = seen.answers.get("held", "nothing")[:200]
+        return [f"no tool held the canary meanwhile, which the searches need: {answer}"]
+    if held != [digest] * 3:
+        return ["the tool that should hold the canary had another value"]
+    if not any(r["event"] == "call.decided" and r.get("injected") for r in records):
+        return ["the audit log knows of no canary given to a tool"]
+    return []
+
+
+def _deciding(layers: list[dict[str, str]]) -> Layers:
+    """What the daemon says is on, of what changes the right denial."""
+    on = {layer["layer"]: layer["remark"] for layer in layers if layer["state"] == "on"}
+    abi = re.search(r"ABI (\d+)", on.get("landlock", ""))
+    return Layers("seccomp" in on, int(abi[1]) if abi else 0)
