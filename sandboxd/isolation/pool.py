@@ -26,7 +26,7 @@ __all__ = ["Pool", "Template"]
 IDLE_LIMIT = 60.0
 AGE_LIMIT = 900.0
 #: Idle ones beyond this number end at once, the one that was idle longest first.
-MOST_IDLE = 64
+MOST_IDLE = 32
 _LOOK_PAUSE = 15.0
 
 Key = tuple[str, str]

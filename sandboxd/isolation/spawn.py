@@ -10,7 +10,6 @@ Standard library only.
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import resource
@@ -28,6 +27,7 @@ __all__ = [
     "clear_keyrings",
     "drop_all_but",
     "drop_held_capabilities",
+    "has_keyrings",
     "inherited_attributes",
     "mapped",
     "spawn",
@@ -39,16 +39,15 @@ CAP_SYS_ADMIN = 21
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _PR_SET_SECUREBITS = 28
-_KEYCTL_CLEAR = 7
-_KEYCTL_GET_PERSISTENT = 22
-_KEYRINGS = (-3, -4, -5)  # KEY_SPEC_SESSION_, _USER_, _USER_SESSION_KEYRING
-_PROCESS_KEYRING = -2
+_KEYCTL_GET_KEYRING_ID, _KEYCTL_CLEAR, _KEYCTL_GET_PERSISTENT = 0, 7, 22
+_SESSION_KEYRING, _USER_KEYRING, _USER_SESSION_KEYRING = -3, -4, -5
 
 _SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
 #: Larger than posix_spawnattr_t, posix_spawn_file_actions_t and sigset_t of any C library.
 _ROOM = 1024
-#: sched_getattr, keyctl
-_NUMBERS = {"x86_64": (315, 250), "aarch64": (275, 219), "riscv64": (275, 219)}
+#: sched_getattr, keyctl, ioprio_get
+_NUMBERS = {"x86_64": (315, 250, 252), "aarch64": (275, 219, 31), "riscv64": (275, 219, 31)}
+_IOPRIO_WHO_PROCESS = 1
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -148,33 +147,39 @@ def _set_capabilities(data: Any) -> None:
         raise KernelError("capset", ctypes.get_errno())
 
 
+def has_keyrings() -> bool:
+    """Whether this thread, and so the program that it starts, can use the kernel's keyrings."""
+    _, keyctl, _ = _NUMBERS[os.uname().machine]
+    found: int = _libc.syscall(keyctl, _KEYCTL_GET_KEYRING_ID, _SESSION_KEYRING, 0)
+    return found >= 0
+
+
 def clear_keyrings() -> bool:
     """Empty the keyrings that processes of this session and user leave; whether that succeeded.
 
     A new session keyring for each call would soon use up the user's quota, for the kernel frees
     keys later (keyrings(7)).
     """
-    _, keyctl = _NUMBERS[os.uname().machine]
-    rings = [*_KEYRINGS]
-    persistent = _libc.syscall(keyctl, _KEYCTL_GET_PERSISTENT, -1, _PROCESS_KEYRING)
+    _, keyctl, _ = _NUMBERS[os.uname().machine]
+    rings = [_SESSION_KEYRING, _USER_KEYRING, _USER_SESSION_KEYRING]
+    persistent = _libc.syscall(keyctl, _KEYCTL_GET_PERSISTENT, -1, _SESSION_KEYRING)
     if persistent > 0:
-        rings.append(persistent)
-    for ring in rings:
-        if _libc.syscall(keyctl, _KEYCTL_CLEAR, ring) < 0 and ctypes.get_errno() != errno.ENOSYS:
-            return False
-    return True
+        rings.insert(0, persistent)
+    return all(_libc.syscall(keyctl, _KEYCTL_CLEAR, ring) == 0 for ring in rings)
 
 
 def inherited_attributes() -> tuple[object, ...]:
     """What a process of the same user may change of this one, and its children would inherit.
 
-    Limits (prlimit(2)), policy, priority, clamps (sched_setattr(2)), CPUs (sched_setaffinity(2)).
+    Limits (prlimit(2)), policy, priority, clamps (sched_setattr(2)), CPUs (sched_setaffinity(2)),
+    priority of input and output (ioprio_set(2)).
     """
-    number, _ = _NUMBERS[os.uname().machine]
+    sched_getattr, _, ioprio_get = _NUMBERS[os.uname().machine]
     scheduling = ctypes.create_string_buffer(128)
-    _libc.syscall(number, 0, scheduling, len(scheduling), 0)
+    _libc.syscall(sched_getattr, 0, scheduling, len(scheduling), 0)
     return (
         scheduling.raw,
+        _libc.syscall(ioprio_get, _IOPRIO_WHO_PROCESS, 0),
         os.sched_getaffinity(0),
         *(resource.getrlimit(kind) for kind in _LIMITS),
     )

@@ -110,7 +110,7 @@ class _Template:
         self.launched.acquire()
         # Of the call that runs, or comes next; ``used``: microseconds of CPU before it.
         self.number, self.program, self.mounts, self.used = 0, 0, -1, 0
-        self.unusable = False
+        self.unusable = self.keyrings = False
 
     def serve(self, launch: _Launch | None) -> NoReturn:
         while not self.unusable:
@@ -173,6 +173,7 @@ class _Template:
         except OSError as failure:
             raise KernelError("chdir", failure.errno or 0, self.spec.cwd) from None
         spawn.drop_held_capabilities()
+        self.keyrings = spawn.has_keyrings()
         self.meter.mark()
         total = self.meter.cpu()
         self.used = (
@@ -261,7 +262,9 @@ class _Template:
             # Perhaps for want of memory, on which the launcher acts, and which it will report.
             os._exit(0)
         _discard_signals()
-        self.unusable = self.unusable or not spawn.clear_keyrings() or self._is_changed()
+        if self.keyrings and not spawn.clear_keyrings():
+            self.unusable = True
+        self.unusable = self.unusable or self._is_changed()
         text = LAST if self.unusable else ""
         microseconds = int(cpu * 1e6) if used.cpu_us is None else used.cpu_us
         peak = used.peak_kib
