@@ -131,6 +131,11 @@ async def _serve(boot: Boot) -> None:
             store=daemon.vault.generation,
         )
         await nursery.start(_admin, daemon)
+        if not daemon.launcher.cgroup.complete:
+            _log.warning(
+                "limits hold for single processes, not for whole sandboxes: %s",
+                daemon.launcher.cgroup.lacking,
+            )
         nursery.start_soon(_fail_without_launcher, daemon)
         nursery.start_soon(_watchdog, boot.service)
         boot.service.ready(daemon.status())

@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from sandboxd.errors import KernelError
-from sandboxd.isolation.cgroup_places import NEEDED, Place, field, find_places, number, write
+from sandboxd.isolation.cgroup_places import NEEDED, Place, find_places
 from sandboxd.isolation.wire import CgroupState
 
 __all__ = ["Cgroup", "Cgroups", "Share", "Usage", "set_up"]
@@ -72,6 +72,8 @@ class Cgroups:
 
     def __init__(self, places: list[Place], lacking: str) -> None:
         self._places = places
+        self._spare: Cgroup | None = None
+        self._count = 0
         held = {name for place in places for name in place.controllers}
         versions = sorted({"v2" if place.unified else "v1" for place in places})
         missing = [name for name in NEEDED if name not in held]
@@ -80,48 +82,92 @@ class Cgroups:
         #: What the broker is told.
         self.state = CgroupState("+".join(versions), frozenset(held), lacking if missing else "")
 
-    def create(self, name: str, share: Share) -> Cgroup | None:
+    def prepare(self) -> None:
+        """Make the next sandbox's cgroup ahead of time, while its limits aren't known yet."""
+        if self._spare is None and self._places:
+            with contextlib.suppress(KernelError):  # told when it is needed
+                self._spare = self._new()
+
+    def create(self, share: Share) -> Cgroup | None:
         """A new cgroup with these limits; None where there are no cgroups at all.
 
         Raises KernelError, and leaves nothing behind.
         """
         if not self._places:
             return None
-        group = Cgroup([(place, f"{place.path}/{name}") for place in self._places])
+        group, self._spare = self._spare or self._new(), None
         try:
-            group._make(share)
+            group.limit(share)
         except BaseException:
             group.remove()
             raise
         return group
 
     def close(self) -> None:
-        """Remove the daemon's own cgroups. Nothing may be left in them."""
+        """Remove the daemon's own cgroups. No process may be left in them."""
+        if self._spare is not None:
+            self._spare.remove()
         for place in self._places:
             with contextlib.suppress(OSError):
                 os.rmdir(place.path)
             os.close(place.lock)
         self._places = []
 
+    def _new(self) -> Cgroup:
+        self._count += 1
+        group = Cgroup(self._places, str(self._count))
+        try:
+            group.make()
+        except BaseException:
+            group.remove()
+            raise
+        return group
+
 
 class Cgroup:
     """One sandbox's cgroup: a directory of the same name in every hierarchy."""
 
-    def __init__(self, places: list[tuple[Place, str]]) -> None:
-        self._places = places
+    def __init__(self, places: list[Place], name: str) -> None:
+        self._places, self._name = places, name
         #: Directory that a child can be born in (clone3(2)); -1 without v2.
         self.birth = -1
         #: Readable once the kernel ran out of memory here and killed one process; -1 on v2.
         self.oom = -1
+
+    def make(self) -> None:
+        """Make the directories, and set what is the same for all. KernelError."""
+        name = self._name
+        for place in self._places:
+            try:
+                os.mkdir(name, 0o755, dir_fd=place.lock)
+                if place.unified:
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                    self.birth = os.open(name, flags, dir_fd=place.lock)
+            except OSError as failure:
+                raise KernelError("mkdir", failure.errno or 0, f"{place.path}/{name}") from None
+            if "memory" not in place.controllers:
+                continue
+            if not place.unified:
+                self.oom = _oom_event(place, name)
+                continue
+            if place.swap_limit:
+                place.write(f"{name}/memory.swap.max", b"0")
+            place.write(f"{name}/memory.oom.group", b"1")
+
+    def limit(self, share: Share) -> None:
+        """Set the limits. KernelError."""
+        for place in self._places:
+            for file, value in _settings(place, share):
+                place.write(f"{self._name}/{file}", value)
 
     def join(self, *, born: bool = False) -> None:
         """Move the calling process, which must have one thread, inside. KernelError if refused.
 
         ``born``: it was made in :attr:`birth`.
         """
-        for place, path in self._places:
+        for place in self._places:
             if not (place.unified and born):
-                write(f"{path}/{'cgroup.procs' if place.unified else 'tasks'}", b"0")
+                place.write(f"{self._name}/{'cgroup.procs' if place.unified else 'tasks'}", b"0")
 
     def places(self) -> list[tuple[str, bool, Collection[str]]]:
         """Of each hierarchy: this cgroup's path, whether it is unified, its controllers."""
@@ -129,25 +175,29 @@ class Cgroup:
 
     def kill(self) -> None:
         """SIGKILL for every process inside, where the kernel can do that (v2, Linux 5.14)."""
-        for place, path in self._places:
+        for place in self._places:
             if place.unified:
                 with contextlib.suppress(KernelError):
-                    write(f"{path}/cgroup.kill", b"1")
+                    place.write(f"{self._name}/cgroup.kill", b"1")
 
     def usage(self) -> Usage:
         """What it used so far. What can't be read is left out."""
         cpu: int | None = None
         peak, oom = 0, False
-        for place, path in self._places:
+        for place in self._places:
+            at = self._name
             if place.unified:
-                cpu = field(f"{path}/cpu.stat", "usage_usec")
-                peak = peak or number(f"{path}/memory.peak")
-                oom = oom or bool(field(f"{path}/memory.events", "oom_kill"))
-            elif "cpuacct" in place.controllers:
-                cpu = cpu if cpu is not None else number(f"{path}/cpuacct.usage") // 1000
-            if not place.unified and "memory" in place.controllers:
-                peak = number(f"{path}/memory.max_usage_in_bytes")
-                oom = bool(field(f"{path}/memory.oom_control", "oom_kill"))
+                cpu = place.field(f"{at}/cpu.stat", b"usage_usec")
+            elif "cpuacct" in place.controllers and cpu is None:
+                cpu = place.number(f"{at}/cpuacct.usage") // 1000
+            if "memory" not in place.controllers:
+                continue
+            if place.unified:
+                peak = place.number(f"{at}/memory.peak")
+                oom = bool(place.field(f"{at}/memory.events", b"oom_kill"))
+            else:
+                peak = place.number(f"{at}/memory.max_usage_in_bytes")
+                oom = bool(place.field(f"{at}/memory.oom_control", b"oom_kill"))
         return Usage(cpu, peak >> 10, oom)
 
     def remove(self) -> bool:
@@ -157,27 +207,14 @@ class Cgroup:
                 os.close(fd)
         self.birth = self.oom = -1
         left = []
-        for place, path in self._places:
+        for place in self._places:
             try:
-                os.rmdir(path)
+                os.rmdir(self._name, dir_fd=place.lock)
             except OSError as failure:
                 if failure.errno == errno.EBUSY:
-                    left.append((place, path))
+                    left.append(place)
         self._places = left
         return not left
-
-    def _make(self, share: Share) -> None:
-        for place, path in self._places:
-            try:
-                os.mkdir(path, 0o755)
-                if place.unified:
-                    self.birth = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except OSError as failure:
-                raise KernelError("mkdir", failure.errno or 0, path) from None
-            for name, value in _settings(place, share):
-                write(f"{path}/{name}", value)
-            if not place.unified and "memory" in place.controllers:
-                self.oom = _oom_event(path)
 
 
 def _settings(place: Place, share: Share) -> Iterator[tuple[str, bytes]]:
@@ -185,12 +222,8 @@ def _settings(place: Place, share: Share) -> Iterator[tuple[str, bytes]]:
     memory = b"%d" % (share.memory + OVERHEAD) if share.memory else b""
     quota = max(1000, share.millicpus * _PERIOD // 1000)
     if place.unified:
-        if "memory" in place.controllers:
-            if memory:
-                yield "memory.max", memory
-            if place.swap_limit:
-                yield "memory.swap.max", b"0"
-            yield "memory.oom.group", b"1"
+        if "memory" in place.controllers and memory:
+            yield "memory.max", memory
         if "cpu" in place.controllers and share.millicpus:
             yield "cpu.max", b"%d %d" % (quota, _PERIOD)
     else:
@@ -204,16 +237,17 @@ def _settings(place: Place, share: Share) -> Iterator[tuple[str, bytes]]:
         yield "pids.max", b"%d" % share.processes
 
 
-def _oom_event(path: str) -> int:
+def _oom_event(place: Place, name: str) -> int:
     """An eventfd that the kernel writes to when this v1 cgroup is out of memory; -1 if it can't.
 
     Told once a victim is chosen (Documentation/admin-guide/cgroup-v1/memory.rst, section 10).
     """
     event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
-        control = os.open(f"{path}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        control = os.open(f"{name}/memory.oom_control", flags, dir_fd=place.lock)
         try:
-            write(f"{path}/cgroup.event_control", b"%d %d" % (event, control))
+            place.write(f"{name}/cgroup.event_control", b"%d %d" % (event, control))
         finally:
             os.close(control)
     except (OSError, KernelError):

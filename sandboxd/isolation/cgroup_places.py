@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from sandboxd.errors import KernelError
 
-__all__ = ["NEEDED", "Place", "field", "find_places", "number", "write"]
+__all__ = ["NEEDED", "Place", "find_places"]
 
 #: What the limits of a sandbox take.
 NEEDED = ("memory", "pids", "cpu")
@@ -36,13 +36,41 @@ _DELEGATED = ("user.delegate", "trusted.delegate")  # systemd's marks, for users
 
 @dataclass(frozen=True)
 class Place:
-    """The daemon's own cgroup in one hierarchy. ``lock`` shows that its launcher lives."""
+    """The daemon's own cgroup in one hierarchy, open as ``lock``, which shows that it is in use."""
 
     path: str
     unified: bool
     controllers: frozenset[str]
     lock: int
     swap_limit: bool = False
+
+    def write(self, file: str, data: bytes) -> None:
+        """Write a file below, from the descriptor on: long paths are slow here. KernelError."""
+        _write(file, data, self.lock, shown=f"{self.path}/{file}")
+
+    def field(self, file: str, name: bytes) -> int:
+        """One value of a file of lines ``name value``; 0 when it isn't there."""
+        for line in self._read(file).splitlines():
+            key, _, value = line.partition(b" ")
+            if key == name:
+                return int(value)
+        return 0
+
+    def number(self, file: str) -> int:
+        """The value of a file; 0 when it isn't there, or no number."""
+        text = self._read(file).strip()
+        return int(text) if text.isdigit() else 0
+
+    def _read(self, file: str) -> bytes:
+        """What one read(2) gives: a short file."""
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.lock)
+            try:
+                return os.read(fd, 4096)
+            finally:
+                os.close(fd)
+        except OSError:
+            return b""
 
 
 def find_places() -> tuple[list[Place], list[str]]:
@@ -152,11 +180,11 @@ def _vacate(own: str) -> None:
             # Among busy sandboxes the daemon gets its turn.
             with contextlib.suppress(KernelError):
                 _enable(own, ("cpu",))
-                write(f"{leaf}/cpu.weight", b"1000")
+                _write(f"{leaf}/cpu.weight", b"1000")
             return
         for pid in pids:
             try:
-                write(f"{leaf}/cgroup.procs", b"%d" % pid)
+                _write(f"{leaf}/cgroup.procs", b"%d" % pid)
             except KernelError as failure:
                 if failure.errno != errno.ESRCH:  # it has just ended
                     raise
@@ -168,13 +196,13 @@ def _old(own: str, wanted: list[str]) -> Place:
     swap = False
     if "memory" in wanted:
         with contextlib.suppress(KernelError):
-            write(f"{place.path}/memory.swappiness", b"0")
+            _write(f"{place.path}/memory.swappiness", b"0")
         swap = os.path.exists(f"{place.path}/memory.memsw.limit_in_bytes")
     if "cpu" in wanted:
         # Beside the single processes of the cgroup above, each of which counts as much as a group.
         shares = 1024 * (os.cpu_count() or 1)
         with contextlib.suppress(KernelError):
-            write(f"{place.path}/cpu.shares", b"%d" % shares)
+            _write(f"{place.path}/cpu.shares", b"%d" % shares)
     return Place(place.path, False, frozenset(wanted), place.lock, swap)
 
 
@@ -232,7 +260,7 @@ def _enable(at: str, wanted: Iterable[str]) -> set[str]:
     for name in wanted:
         if name not in _words(f"{at}/cgroup.subtree_control"):
             with contextlib.suppress(KernelError):
-                write(f"{at}/cgroup.subtree_control", f"+{name}".encode())
+                _write(f"{at}/cgroup.subtree_control", f"+{name}".encode())
     return _words(f"{at}/cgroup.subtree_control") & {*_WANTED}
 
 
@@ -270,22 +298,8 @@ def _words(path: str) -> set[str]:
     return {*_read(path).split()}
 
 
-def field(path: str, name: str) -> int:
-    """One value of a file of lines ``name value``."""
-    for line in _read(path).splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
-
-
-def number(path: str) -> int:
-    text = _read(path).strip()
-    return int(text) if text.isdecimal() else 0
-
-
 def _read(path: str) -> str:
-    """A small file's text; "" when it isn't there."""
+    """A file's text; "" when it isn't there."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -301,12 +315,12 @@ def _read(path: str) -> str:
         os.close(fd)
 
 
-def write(path: str, data: bytes) -> None:
+def _write(path: str, data: bytes, directory: int | None = None, *, shown: str = "") -> None:
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
         try:
             os.write(fd, data)
         finally:
             os.close(fd)
     except OSError as failure:
-        raise KernelError("write", failure.errno or 0, path) from None
+        raise KernelError("write", failure.errno or 0, shown or path) from None

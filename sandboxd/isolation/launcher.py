@@ -189,6 +189,8 @@ class _Launcher:
             if self.selector.get_map().get(key.fd) is key:
                 key.data()
         self.busy = [group for group in self.busy if not group.remove()]
+        if self.serving:
+            self.cgroups.prepare()  # while the sandbox of this turn builds itself
 
     def _end(self) -> None:
         """Our end as pid 1 ends every sandbox; here it is waited for, so that no cgroup is left."""
@@ -263,7 +265,7 @@ class _Launcher:
         try:
             if not fds:
                 ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            group = self.cgroups.create(str(number), share)
+            group = self.cgroups.create(share)
             # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
             kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
             kernel.unshare(kernel.CLONE_NEWPID)

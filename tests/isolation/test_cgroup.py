@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -290,7 +291,7 @@ os.read(done, 1)"""
     assert worked.cpu_ms >= 400
     assert worked.peak_kib >= 48 << 10
     idle = (await grouped.run("/bin/true")).exit
-    assert idle.cpu_ms < 400
+    assert idle.cpu_ms + 200 < worked.cpu_ms
     assert 0 < idle.peak_kib < 48 << 10
 
 
@@ -330,10 +331,10 @@ async def test_everything_in_a_sandbox_is_in_its_cgroup(grouped: Box) -> None:
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        print("ready", flush=True)
         signal.pause()
     os._exit(0)
 os.wait()
+print("ready", flush=True)
 signal.pause()"""
     async with probing(grouped, code) as one, grouped.start("/bin/sleep", "60") as two:
         await one.ready()
@@ -356,7 +357,8 @@ async def test_no_cgroup_is_left_after_200_launches(grouped: Box) -> None:
         def count() -> int:
             return sum(entry.is_dir() for place in places for entry in place.iterdir())
 
-        assert count() == len(places)  # of the one that sleeps
+        most = 2 * len(places)  # of the one that sleeps, and of the next one to come
+        assert len(places) <= count() <= most
 
         async def some(numbers: range) -> None:
             for number in numbers:
@@ -374,7 +376,7 @@ async def test_no_cgroup_is_left_after_200_launches(grouped: Box) -> None:
                 nursery.start_soon(some, range(part * 50, part * 50 + 50))
         await grouped.launcher.retire(grouped.template)
         with trio.fail_after(10):
-            while count() > len(places):  # noqa: ASYNC110 - a directory has no event
+            while count() > most:  # noqa: ASYNC110 - a directory has no event
                 await trio.sleep(0.01)
         last = groups(running.process.pid).values()
         assert all(path.exists() for path in last)
@@ -423,17 +425,17 @@ async def test_without_its_cgroup_nothing_starts(grouped: Box) -> None:
     await gone(*(place / "1" for place in places))
     victim = places.pop()
     with trio.fail_after(10):
-        while True:
+        while victim.exists():
             with contextlib.suppress(OSError):
+                for made in victim.glob("*/"):
+                    made.rmdir()
                 victim.rmdir()
-                break
             await trio.sleep(0.01)
-    with pytest.raises(KernelError) as refusal:
-        await grouped.run("/bin/true")
-    assert refusal.value.syscall == "mkdir"
-    assert str(victim) in refusal.value.path
-    victim.mkdir()
-    assert (await grouped.run("/bin/true")).exit.code == 0
+    for _ in range(3):  # with the one that was made ahead of time, and without
+        with pytest.raises(KernelError) as refusal:
+            await grouped.run("/bin/true")
+        assert refusal.value.errno == errno.ENOENT
+        assert refusal.value.path.startswith(f"{victim}/")
 
 
 # ---- hosts of other kinds, made in a mount namespace of the launcher's own
@@ -500,7 +502,9 @@ async def test_on_v2_a_sandbox_starts_and_ends_in_a_cgroup_of_its_own(clone3: bo
             await box.run("/nonexistent")
         codes = [(await box.sh(f"exit {n}")).exit.code for n in range(20)]
         assert codes == [*range(20)]
-        await gone(*(path.parent / str(n) for n in range(1, 24)))
+        with trio.fail_after(10):
+            while len(list(path.parent.glob("*/"))) > 1:  # noqa: ASYNC110 - a directory has no event
+                await trio.sleep(0.01)
 
 
 @needs_root
