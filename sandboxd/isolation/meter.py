@@ -14,20 +14,14 @@ class Meter:
     """Counts from :meth:`mark` on. Its files are opened where the host's are in sight, and kept."""
 
     def __init__(self, group: Cgroup | None) -> None:
-        places = group.places() if group is not None else []
         self._cpu = self._peak = self._oom = -1
-        self._nanoseconds = self._old = self._resets = False
-        for path, unified, controllers in places:
-            if unified:
-                self._cpu = self._cpu if self._cpu >= 0 else _open(f"{path}/cpu.stat")
-                if self._oom < 0:
-                    self._oom = _open(f"{path}/memory.events")
-                    self._peak = _open(f"{path}/memory.peak", os.O_RDWR)
-            if not unified and "cpuacct" in controllers and self._cpu < 0:
-                self._cpu, self._nanoseconds = _open(f"{path}/cpuacct.usage"), True
-            if not unified and "memory" in controllers:
-                self._oom, self._old = _open(f"{path}/memory.oom_control"), True
-                self._peak = _open(f"{path}/memory.max_usage_in_bytes", os.O_RDWR)
+        self._nanoseconds = self._resets = False
+        if group is not None:
+            self._cpu = group.open("cpu.stat", unified=True, controller="cpu")
+            if self._cpu < 0:
+                self._cpu = group.open("cpuacct.usage", unified=False, controller="cpuacct")
+                self._nanoseconds = True
+            self._oom, self._peak = _memory_files(group)
         self.mark()
 
     @property
@@ -61,11 +55,17 @@ class Meter:
         return _field(_pread(self._oom), b"oom_kill") if self._oom >= 0 else 0
 
 
-def _open(path: str, mode: int = os.O_RDONLY) -> int:
-    try:
-        return os.open(path, mode | os.O_CLOEXEC)
-    except OSError:
-        return -1  # an older kernel hasn't got it, or doesn't let it be written
+def _memory_files(group: Cgroup) -> tuple[int, int]:
+    """What counts the kernel's kills, and what holds the highest use."""
+    for unified, kills, highest in (
+        (True, "memory.events", "memory.peak"),
+        (False, "memory.oom_control", "memory.max_usage_in_bytes"),
+    ):
+        fd = group.open(kills, unified=unified, controller="memory")
+        if fd >= 0:
+            mode = os.O_RDWR
+            return fd, group.open(highest, unified=unified, controller="memory", mode=mode)
+    return -1, -1
 
 
 def _pread(fd: int) -> bytes:

@@ -65,13 +65,19 @@ def enter(
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         kernel.set_dumpable(False)
-        kernel.close_all_but([sock.fileno()])
-        for _ in range(3):  # so that no stream of a call ever has one of these numbers
-            os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        if group is not None:
-            group.join(born=born)
+        problem: SandboxdError | None = None
+        try:
+            if group is not None:
+                group.join(born=born)
+        except SandboxdError as failure:
+            problem = failure  # told to whoever asks for the first launch
         meter = Meter(group)
+        kernel.close_all_but([sock.fileno(), *meter.fds])
+        while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 2:
+            pass  # so that no stream of a call ever has one of these numbers
         launch = _receive(sock)
+        if problem is not None:
+            raise problem
         if launch is not None:
             with spawn.mapped(launch.fds[0], MAX_SPEC) as spec:
                 lasting = bytes(spec.view[slice(*lasting_span(spec.view))])

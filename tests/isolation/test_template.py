@@ -324,6 +324,7 @@ async def test_a_session_that_ends_takes_its_templates_along(ready: Box) -> None
         with trio.fail_after(5):
             await trio.lowlevel.wait_readable(pidfd)
         os.close(pidfd)
+    await ready.launcher.retire("session")
     assert children(ready.launcher.pid) == [other]
 
 
