@@ -24,8 +24,16 @@ def add(commands: Commands, name: str, line: str) -> None:
         examples=[
             ("sandboxctl selftest", "before trusting a host, and after a kernel update"),
             ("sandboxctl selftest -v", "every attempt with its control"),
+            ("sandboxctl selftest --threat network -v", "only the network"),
             ("sandboxctl selftest --json", "the same for programs"),
         ],
+    )
+    parser.add_argument(
+        "--threat",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="only probes for threats that contain WORD; may be repeated",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="print every row")
 

@@ -19,17 +19,24 @@ def main(args: argparse.Namespace) -> int:
     """Run every probe and print the deviations, or all rows with ``args.verbose`` or JSON.
 
     Returns 0 when everything was refused and every control worked, else 1. Raises Unavailable
-    when this host can't isolate anything, and leaves nothing behind.
+    when this host can't isolate anything, Invalid for an unknown threat; leaves nothing behind.
     """
+    from sandboxd.errors import Invalid
+    from sandboxd.names import shown
     from sandboxd.selftest import report, runner
     from sandboxd.selftest.stage import Stage
     from sandboxd.trial.stage import open_stage, until_interrupted
 
+    if unknown := [word for word in args.threat if not runner.probes_for((word,))]:
+        raise Invalid(
+            f"no probe is for a threat like {shown(unknown[0])}",
+            hint="threats: " + ", ".join(runner.THREATS),
+        )
     begun = time.monotonic()
     if not args.json and sys.stderr.isatty():
         print("starting a daemon, and a prober in its sandboxes ...", file=sys.stderr)
     with until_interrupted(), open_stage(Stage) as stage:
-        result = runner.run(stage)
+        result = runner.run(stage, args.threat)
     result.seconds = round(time.monotonic() - begun, 1)
     if args.json:
         print(json.dumps(result.as_dict(), indent=2))

@@ -13,7 +13,9 @@ __all__ = ["show"]
 
 def show(result: Result, *, everything: bool = False) -> None:
     """Print the deviations, or every row, and the summary. Colour on a terminal that wants it."""
+    threats = list(dict.fromkeys(row.threat for row in result.rows))
     rows = [row for row in result.rows if everything or not row.ok]
+    rows.sort(key=lambda row: threats.index(row.threat))
     for threat, group in groupby(rows, key=lambda row: row.threat):
         print(_paint(threat, "1"))
         for row in group:

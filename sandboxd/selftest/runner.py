@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,25 +27,32 @@ from sandboxd.errors import KernelError, Unavailable
 from sandboxd.selftest.baits import Baits, open_baits
 from sandboxd.selftest.judge import OUTSIDE, Result, judge, places_of
 from sandboxd.selftest.prober.catalogue import PROBES
-from sandboxd.selftest.prober.probe import AGENT, BOTH, TOOL, Layers
+from sandboxd.selftest.prober.probe import AGENT, BOTH, TOOL, Layers, Plan, Probe
 from sandboxd.selftest.stage import AGENT as SLUG
 from sandboxd.selftest.stage import PROCESSES, TMP_SIZE, VARIABLE, Stage
 
-__all__ = ["run"]
+__all__ = ["THREATS", "probes_for", "run"]
+
+#: What the probes are for, in the order of the table.
+THREATS = tuple(dict.fromkeys(probe.threat for probe in PROBES))
 
 _SECONDS = 150.0
 _LEFT = "leave a daemon behind"
 
 
-def run(stage: Stage) -> Result:
-    """Perform on ``stage`` and judge. Raises Unavailable when the host can't isolate."""
+def run(stage: Stage, threats: Sequence[str] = ()) -> Result:
+    """Perform on ``stage`` and judge; ``threats`` are words that leave out other threats' probes.
+
+    Raises Unavailable when the host can't isolate.
+    """
     with ExitStack() as undo:
         baits = undo.enter_context(open_baits(stage.top))
         stage.start()
         client = undo.enter_context(AdminClient.connect(stage.paths))
         value = base64.b64encode(stage.secret.reveal()).decode()
         client.call("env.set", agent=SLUG, values={VARIABLE: value}, now=False)
-        seen = _Seen(marker=f"sandboxd-selftest-{secrets.token_hex(8)}")
+        marker = f"sandboxd-selftest-{secrets.token_hex(8)}"
+        seen = _Seen(marker, tuple(threats))
         mode = client.call("status")["mode"]
         layers = _perform(client, stage, baits, seen)
         records = list(client.stream("audit.tail", n=10_000))
@@ -53,11 +60,17 @@ def run(stage: Stage) -> Result:
         return _judge(stage, seen, records, layers, mode)
 
 
+def probes_for(threats: Sequence[str]) -> list[Probe]:
+    """Probes for threats that contain one of these words; all without any."""
+    return list(filter(Plan(threats=tuple(threats)).wants, PROBES))
+
+
 @dataclass
 class _Seen:
     """What came back: every prober's lines, what the tools answered, and who was watched."""
 
     marker: str
+    threats: tuple[str, ...]
     lines: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     printed: bytes = b""
@@ -225,6 +238,7 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
             "processes": PROCESSES,
             "since": stage.since,
             "marker": seen.marker,
+            "threats": seen.threats,
         }
     )
 
@@ -250,7 +264,7 @@ def _judge(
     _see_the_end(seen)
     rows = [
         judge(probe, place, seen.lines, _deciding(layers.get(place, [])))
-        for probe in PROBES
+        for probe in probes_for(seen.threats)
         for place in places_of(probe)
     ]
     problems = list(seen.problems)

@@ -1,21 +1,22 @@
-"""Every probe, in the order of the table."""
+"""Every probe, in the order of the table: as design and documents list the threats."""
 
 from __future__ import annotations
 
-from sandboxd.selftest.prober import (  # noqa: F401 - each adds its rows
-    devices,
-    files,
-    limits,
-    namespaces,
-    network,
-    privileges,
-    processes,
-    secrets,
-    shared,
-    syscalls,
-    unix_sockets,
-)
+# Each of these adds its rows when it is imported.
+# isort: off
+from sandboxd.selftest.prober import secrets  # noqa: F401
+from sandboxd.selftest.prober import processes  # noqa: F401
+from sandboxd.selftest.prober import shared  # noqa: F401
+from sandboxd.selftest.prober import files  # noqa: F401
+from sandboxd.selftest.prober import namespaces  # noqa: F401
+from sandboxd.selftest.prober import syscalls  # noqa: F401
+from sandboxd.selftest.prober import unix_sockets  # noqa: F401
+from sandboxd.selftest.prober import network  # noqa: F401
+from sandboxd.selftest.prober import devices  # noqa: F401
+from sandboxd.selftest.prober import privileges  # noqa: F401
+from sandboxd.selftest.prober import limits  # noqa: F401
 from sandboxd.selftest.prober.probe import CATALOGUE, Probe
+# isort: on
 
 __all__ = ["PROBES"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 from typing import Any
 
-__all__ = ["NUMBERS", "call", "ioctl", "libc", "number"]
+__all__ = ["NUMBERS", "call", "ioctl", "libc", "number", "raise_limit"]
 
 libc: Any = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -108,3 +109,11 @@ def checked(result: int) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return int(result)
+
+
+def raise_limit(kind: int, value: int) -> None:
+    """setrlimit(2) of both limits, with an OSError like any other call."""
+    try:
+        resource.setrlimit(kind, (value, value))
+    except ValueError:  # what Python makes of EPERM here
+        raise PermissionError(1, "not allowed to raise maximum limit") from None

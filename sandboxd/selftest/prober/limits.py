@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from sandboxd.selftest.prober.probe import Plan, add
@@ -173,5 +174,5 @@ def _leave(plan: Plan) -> str:
     return "started"
 
 
-add("leave a daemon behind", _GAMES, _leave, "gone", inside=lambda plan: None,
+add("leave a daemon behind", _GAMES, _leave, "gone", inside=lambda plan: time.sleep(0.5),
     says="the runner sees it while the sandbox lives")  # fmt: skip

@@ -144,7 +144,7 @@ def _unmount(path: str) -> Attack:
     return lambda plan: call("umount2", (path if plan.inside else "/mnt").encode(), 2) and None
 
 
-for _at in ("/tmp", "/proc/sys", "/proc/kcore"):
+for _at in ("/tmp", "/proc/sys", "/proc/interrupts"):
     add(f"unmount {_at}", _MOUNTS, _unmount(_at), "EPERM", outside=SCRATCH,
         says=_IN_SCRATCH)  # fmt: skip
 

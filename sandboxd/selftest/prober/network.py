@@ -105,8 +105,8 @@ for _words, _host, _port in (
     ("a private network", "10.0.0.1", 80),
     ("DNS over TCP", "8.8.8.8", 53),
 ):
-    add(f"TCP: {_words}", _THREAT, _elsewhere(_host, _port), "ENETUNREACH", landlocked=_TCP,
-        outside=HOST, says=_SAME)  # fmt: skip
+    add(f"TCP: {_words}", _THREAT, _elsewhere(_host, _port), "ENETUNREACH",
+        "EADDRNOTAVAIL", landlocked=_TCP, outside=HOST, says=_SAME)  # fmt: skip
 for _words, _host, _port in (
     ("the host's loopback", _LOOPBACK, 0),
     ("DNS of the stub resolver", "127.0.0.53", 53),
@@ -183,8 +183,11 @@ def _routes(plan: Plan) -> str:
 
 
 def _connections(plan: Plan) -> str:
-    with open("/proc/net/tcp") as table:
-        return "ok" if f":{plan.port:04X} " in table.read() else "none listed"
+    for name in ("tcp", "tcp6"):
+        with open(f"/proc/net/{name}") as table:
+            if f":{plan.port:04X} " in table.read():
+                return "ok"
+    return "none listed"
 
 
 def _names(plan: Plan) -> None:

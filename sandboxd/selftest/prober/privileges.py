@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 
-from sandboxd.selftest.prober.kernel import call, checked, libc
+from sandboxd.selftest.prober.kernel import call, checked, libc, raise_limit
 from sandboxd.selftest.prober.namespaces import getpid
 from sandboxd.selftest.prober.probe import HOST, SCRATCH, Plan, add, open_
 
@@ -90,8 +90,12 @@ def _map_file(name: str, text: str) -> Callable[[Plan], None]:
     return attack
 
 
-for _name, _text in (("uid_map", "0 0 1"), ("gid_map", "0 0 1"), ("setgroups", "allow")):
-    add(f"write {_name}", _THREAT, _map_file(_name, _text), "EPERM", landlocked=(1, "EACCES"),
+for _name, _text, _denial in (
+    ("uid_map", "0 0 1", "EPERM"),
+    ("gid_map", "0 0 1", "EPERM"),
+    ("setgroups", "allow", "EACCES"),
+):
+    add(f"write {_name}", _THREAT, _map_file(_name, _text), _denial, landlocked=(1, "EACCES"),
         inside=lambda plan, name=_name: open_(f"/proc/self/{name}"),
         says="it may be read")  # fmt: skip
 
@@ -217,13 +221,6 @@ for _words, _attack, _denial, _control in (
      lambda plan: open_("/proc/self/oom_score_adj")),
 ):  # fmt: skip
     add(_words, _THREAT, _attack, _denial, inside=_control, says="in the other direction, or asked")
-
-
-def raise_limit(kind: int, value: int) -> None:
-    try:
-        resource.setrlimit(kind, (value, value))
-    except ValueError:  # what Python makes of EPERM here
-        raise PermissionError(1, "not allowed to raise maximum limit") from None
 
 
 def _oom(score: int) -> None:

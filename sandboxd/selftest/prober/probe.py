@@ -53,10 +53,17 @@ class Plan:
     since: float = 0.0
     hostname: str = ""
     marker: str = ""
+    #: Only probes for threats that contain one of these words; all when empty.
+    threats: tuple[str, ...] = ()
 
     @property
     def inside(self) -> bool:
         return self.place in BOTH
+
+    def wants(self, probe: Probe) -> bool:
+        return not self.threats or any(
+            word.lower() in probe.threat.lower() for word in self.threats
+        )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Plan:

@@ -95,6 +95,11 @@ def _robust_list(pid: int) -> None:
     call("get_robust_list", pid, ctypes.byref(head), ctypes.byref(size))
 
 
+def _slack(pid: int) -> None:
+    with open(f"/proc/{pid}/timerslack_ns", "w") as file:
+        file.write("50000")
+
+
 def _madvise(pid: int) -> None:
     page = struct.pack("PN", _stack_of(pid) & ~4095, 4096)
     call("process_madvise", os.pidfd_open(pid), page, 1, 20, 0)  # MADV_COLD
@@ -144,15 +149,23 @@ _on_init("list /proc/1/map_files", _list("map_files"), "EACCES", "EPERM",
          fallback=lambda plan: _own("maps"))  # fmt: skip
 for _name in ("exe", "ns/mnt", "ns/user", "ns/net"):
     _on_init(f"follow /proc/1/{_name}", _link(_name), "EACCES")
-for _name in ("oom_score_adj", "coredump_filter", "clear_refs", "timerslack_ns"):
+for _name in ("oom_score_adj", "coredump_filter", "clear_refs"):
     _on_init(f"write /proc/1/{_name}", _write(_name), "EACCES")
+_on_init("write /proc/1/timerslack_ns", _slack, "EPERM", landlocked=(1, "EACCES"),
+         fallback=lambda plan: _own("environ"))  # fmt: skip
 _on_init("ptrace init", _ptrace, "EPERM", filtered="EPERM")
 for _name in ("process_vm_readv", "process_vm_writev"):
     _on_init(f"{_name} on init", _vm(_name), "EPERM")
 _on_init("pidfd_getfd on init", _getfd, "EPERM")
 _on_init("kcmp on init", _kcmp, "EPERM", fallback=lambda plan: _own("environ"))
 _on_init("get_robust_list of init", _robust_list, "EPERM")
-_on_init("process_madvise on init", _madvise, "EPERM", fallback=lambda plan: _own("maps"))
+_on_init(
+    "process_madvise on init",
+    _madvise,
+    "EACCES",
+    filtered="EPERM",
+    fallback=lambda plan: _own("maps"),
+)
 _on_init("move_pages of init", _move_pages, "EPERM", fallback=lambda plan: _own("maps"))
 _on_init("perf_event_open on init", _counters, "EACCES", "EPERM", filtered="EPERM",
          fallback=lambda plan: _own("stat"))  # fmt: skip

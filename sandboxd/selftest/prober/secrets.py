@@ -10,7 +10,7 @@ import resource
 import signal
 from collections.abc import Callable
 
-from sandboxd.selftest.prober.privileges import raise_limit
+from sandboxd.selftest.prober.kernel import raise_limit
 from sandboxd.selftest.prober.probe import Plan, add
 from sandboxd.trial import reach
 from sandboxd.trial.hunt import Hunt, decoy, neighbour, processes, read_file
@@ -24,7 +24,7 @@ _SPECIAL = ("/mem", "/pagemap", "/clear_refs", "/kpagecgroup")
 
 def found(hunt: Hunt, looked: str) -> tuple[str, str]:
     loot = hunt.loot
-    return (f"{len(loot)} found", "; ".join(loot)[:250]) if loot else ("nothing", looked)
+    return ("ok", "; ".join(loot)[:250]) if loot else ("nothing", looked)
 
 
 def _control(search: Callable[[Hunt], object], planted: Callable[[], bytes]) -> str:
@@ -88,10 +88,10 @@ def _proc(hunt: Hunt) -> int:
     return count
 
 
-def _files(plan: Plan, hunt: Hunt) -> int:
+def _files(plan: Plan, hunt: Hunt, top: str = "/") -> int:
     """Every file that changed since the secret was made, wherever it is (inode(7), ctime)."""
     count = 0
-    todo = ["/"]
+    todo = [top]
     while todo:
         try:
             entries = list(os.scandir(todo.pop()))
@@ -153,7 +153,7 @@ def _files_control(plan: Plan) -> str:
     with open(f"/tmp/decoy-{os.getpid()}", "wb") as file:  # noqa: S108
         file.write(value)
     hunt = Hunt()
-    _files(plan, hunt)
+    _files(plan, hunt, "/tmp")  # noqa: S108
     return "ok" if hunt.has(value) else "decoy missed"
 
 

@@ -60,8 +60,8 @@ for _name, _arguments, _allowed in (
     ("userfaultfd", (0,), ("ok",)),
 ):
     if NUMBERS[_name] >= 0:
-        add(_name, _CALLS, _raw(_name, *_arguments), "EPERM", outside=SCRATCH, allowed=_allowed,
-            fallback=getpid, says=_AS_ROOT)  # fmt: skip
+        add(_name, _CALLS, _raw(_name, *_arguments), "EPERM", "ENOSYS", filtered="EPERM",
+            outside=SCRATCH, allowed=_allowed, fallback=getpid, says=_AS_ROOT)  # fmt: skip
 
 
 def _counters(flags: int) -> Any:
