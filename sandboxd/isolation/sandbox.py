@@ -34,7 +34,7 @@ from sandboxd.isolation.wire import (
     failed,
 )
 
-__all__ = ["INSIDE_ID", "SIGNALS", "build", "enter", "limit", "prepare", "setup_failed"]
+__all__ = ["INSIDE_ID", "SIGNALS", "build", "enter", "limit", "prepare", "restrict", "setup_failed"]
 
 #: The user and group id that every sandboxed program sees as its own.
 INSIDE_ID = 1000
@@ -105,7 +105,7 @@ def setup_failed(number: int, failure: BaseException) -> Frame:
 def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
     """Build the sandbox around this process and start the program in it. Returns its pid."""
     build(spec, privileged=privileged)
-    kernel.drop_capabilities()
+    restrict(spec, streams)
     try:
         os.chdir(spec.cwd)
     except OSError as failure:
@@ -127,6 +127,15 @@ def build(spec: LaunchSpec, *, privileged: bool, lasting: bool = False) -> None:
     sysctl = root.build()
     root.pivot()
     _become_user(uid, sysctl, privileged=privileged)
+
+
+def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
+    """Give up for good, on this thread and whatever it starts, what building the sandbox needed.
+
+    The last step before the program, whether in a sandbox made for it or in a template. ``streams``
+    are the descriptors that the program gets.
+    """
+    kernel.drop_capabilities()
 
 
 def _become_user(uid: int, sysctl: int, *, privileged: bool) -> None:

@@ -26,7 +26,6 @@ __all__ = [
     "Mapping",
     "clear_keyrings",
     "drop_all_but",
-    "drop_held_capabilities",
     "has_keyrings",
     "inherited_attributes",
     "mapped",
@@ -134,15 +133,7 @@ def drop_all_but(*capabilities: int) -> None:
     # SECBIT_NOROOT, SECBIT_NO_SETUID_FIXUP, SECBIT_NO_CAP_AMBIENT_RAISE, each with its lock.
     _libc.prctl(_PR_SET_SECUREBITS, ctypes.c_ulong(0xCF), 0, 0, 0)
     low = sum(1 << capability for capability in capabilities)
-    _set_capabilities((ctypes.c_uint32 * 6)(low, low))
-
-
-def drop_held_capabilities() -> None:
-    """Empty the permitted, effective and inheritable sets of this thread (capset(2))."""
-    _set_capabilities((ctypes.c_uint32 * 6)())
-
-
-def _set_capabilities(data: Any) -> None:
+    data = (ctypes.c_uint32 * 6)(low, low)
     if _libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), data) < 0:
         raise KernelError("capset", ctypes.get_errno())
 

@@ -32,7 +32,7 @@ from sandboxd.isolation import kernel, spawn
 from sandboxd.isolation.cgroup import Cgroup
 from sandboxd.isolation.meter import Meter
 from sandboxd.isolation.root import DELIVERED, memory_bounds, private_places
-from sandboxd.isolation.sandbox import INSIDE_ID, SIGNALS, build, limit, setup_failed
+from sandboxd.isolation.sandbox import INSIDE_ID, SIGNALS, build, limit, restrict, setup_failed
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     FRAME,
@@ -178,8 +178,6 @@ class _Template:
             os.chdir(self.spec.cwd)
         except OSError as failure:
             raise KernelError("chdir", failure.errno or 0, self.spec.cwd) from None
-        spawn.drop_held_capabilities()
-        self.keyrings = spawn.has_keyrings()
         self.meter.mark()
         total = self.meter.cpu()
         self.used = (
@@ -219,6 +217,8 @@ class _Template:
                 while start < end:
                     start += os.write(fd, spec.view[start:end])
                 os.close(fd)
+            restrict(self.spec, launch.fds[1:])
+            self.keyrings = spawn.has_keyrings()
             base = spec.address
             argv = [base + start for start, _ in own.argv]
             env = [base + start for start, _, _ in own.env]
