@@ -204,12 +204,16 @@ class Cgroup:
                 oom = bool(place.field(f"{at}/memory.oom_control", b"oom_kill"))
         return Usage(cpu, peak >> 10, oom)
 
-    def remove(self) -> bool:
-        """Remove it; False while the kernel still holds on to a process of it: try again."""
+    def close(self) -> None:
+        """Let go of its descriptors. Idempotent."""
         for fd in (self.birth, self.oom):
             if fd >= 0:
                 os.close(fd)
         self.birth = self.oom = -1
+
+    def remove(self) -> bool:
+        """Remove it; False while the kernel still holds on to a process of it: try again."""
+        self.close()
         left = []
         for place in self._places:
             try:

@@ -153,6 +153,7 @@ class _Sandbox:
     report: int
     cgroup: Cgroup | None
     started: bool = False
+    oom: bool = False
     last: Frame | None = None  # FAILED or EXITED, told once every process has gone
 
 
@@ -339,8 +340,7 @@ class _Launcher:
         os.close(sandbox.pidfd)
         os.close(sandbox.report)
         del self.sandboxes[sandbox.number]
-        group = sandbox.cgroup
-        used = group.usage() if group is not None else Usage()
+        used = self._used(sandbox)
         last = sandbox.last
         if last is None and sandbox.started:
             cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
@@ -353,15 +353,27 @@ class _Launcher:
             self._send(replace(last, b=cpu, d=used.peak_kib, text="oom" if used.oom else ""))
         else:
             self._send(last)
-        if group is not None:
-            if group.oom >= 0 and group.oom in self.selector.get_map():
-                self.selector.unregister(group.oom)
-            if not group.remove():
-                self.busy.append(group)
+        if sandbox.cgroup is not None and not sandbox.cgroup.remove():
+            self.busy.append(sandbox.cgroup)
+
+    def _used(self, sandbox: _Sandbox) -> Usage:
+        """What the whole tree used, as its cgroup tells before it goes."""
+        group = sandbox.cgroup
+        if group is None:
+            return Usage()
+        if group.oom >= 0 and not sandbox.oom:
+            self.selector.unregister(group.oom)
+        used = group.usage()
+        group.close()
+        return replace(used, oom=used.oom or sandbox.oom)
 
     def _on_oom(self, sandbox: _Sandbox) -> None:
-        """The kernel has killed one process for want of memory. The others follow it (v1)."""
+        """The tree is out of memory (v1): the kernel kills one process, and the others follow.
+
+        The end of the others can come first, and then the kernel kills, and counts, none itself.
+        """
         assert sandbox.cgroup is not None
+        sandbox.oom = True
         self.selector.unregister(sandbox.cgroup.oom)
         self._signal(sandbox.number, signal.SIGKILL)
 

@@ -10,6 +10,7 @@ import platform
 import re
 import secrets
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -173,8 +174,9 @@ def _events(fds: list[int], seen: _Seen) -> Iterator[dict[str, Any]]:
             if not data:
                 del buffers[fd]
                 continue
-            whole, _, buffers[fd] = (buffers[fd] + data).rpartition(b"\n")
-            yield from seen.take(whole.decode(errors="replace"))
+            if fd == stdout:
+                whole, _, buffers[fd] = (buffers[fd] + data).rpartition(b"\n")
+                yield from seen.take(whole.decode(errors="replace"))
 
 
 def _control(stage: Stage, place: str, plan: str) -> subprocess.Popen[str]:
@@ -219,7 +221,6 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
         "another session's socket": where.sessions / neighbour["id"] / "broker.sock",
         "setuid id": stage.planted / "id",
         "capable cat": stage.planted / "cat",
-        "capable target": stage.planted / "closed",
     }
     return json.dumps(
         {
@@ -244,8 +245,16 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
 
 
 def _watch(seen: _Seen, ended: threading.Event) -> None:
-    """See each daemon that a probe leaves behind, by the marker in its arguments."""
-    while not ended.wait(0.1) and len(seen.lingering) < len(BOTH):
+    """See each daemon that a probe leaves behind, by the marker in its arguments.
+
+    And knock at the abstract sockets that a probe opens.
+    """
+    while not ended.wait(0.1):
+        for place in BOTH:
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                sock.connect(f"\0{seen.marker}-{place}")
+        if len(seen.lingering) == len(BOTH):
+            continue
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 words = process.cmdline()
@@ -273,9 +282,8 @@ def _judge(
     if canary in seen.printed:
         problems.append("the canary is in the agent's output")
     for path in sorted(stage.top.rglob("*")):
-        with suppress(PermissionError):  # one that we closed to ourselves
-            if path.is_file() and canary in path.read_bytes():
-                problems.append(f"the canary is in {path.relative_to(stage.top)}")
+        if path.is_file() and canary in path.read_bytes():
+            problems.append(f"the canary is in {path.relative_to(stage.top)}")
     return Result(rows, mode=mode, kernel=platform.release(), layers=layers, problems=problems)
 
 

@@ -82,20 +82,16 @@ class Stage(stage.Stage):
 
     def _plant(self) -> None:
         """Programs with a setuid bit and with file capabilities; root alone can make them."""
-        closed = self.planted / "closed"
-        closed.write_text("closed to all but root\n")
         for name in ("id", "cat"):
-            shutil.copyfile(shutil.which(name) or "/usr/bin/" + name, self.planted / name)
+            shutil.copyfile(shutil.which(name) or f"/usr/bin/{name}", self.planted / name)
             (self.planted / name).chmod(0o755)
-        closed.chmod(0)
         if os.geteuid() == 0:
+            # They lie open to every user of the host for a while: id(1) tells, and does nothing;
+            # CAP_WAKE_ALARM is of no use to cat(1), which tells of it too.
             (self.planted / "id").chmod(0o4755)
+            wake_alarm = struct.pack("<5I", 0x02000001, 0, 0, 1 << 3, 0)
             with suppress(OSError):  # told as a control that the host refuses
-                os.setxattr(
-                    self.planted / "cat",
-                    "security.capability",
-                    struct.pack("<5I", 0x02000001, 1 << 2 | 1 << 1, 0, 0, 0),
-                )
+                os.setxattr(self.planted / "cat", "security.capability", wake_alarm)
 
 
 def configuration(on: Stage) -> dict[str, str]:

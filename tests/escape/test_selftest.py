@@ -23,12 +23,12 @@ def test_nothing_gets_through_and_every_control_works(selftest: Selftest, mode: 
     deviating = {
         name: state
         for name, state in selftest.not_ok().items()
-        if not (state.startswith("not enforced") and layers.get("seccomp") != "on")
+        if not state.startswith("not enforced") or layers.get("seccomp") == "on"
     }
     assert deviating == {}
     assert selftest.printed["problems"] == []
     assert (selftest.printed["mode"], selftest.complaint) == (mode, "")
-    assert selftest.status == (0 if not selftest.not_ok() else 1)
+    assert selftest.status == (0 if selftest.printed["ok"] else 1)
 
 
 def test_there_are_hundreds_of_probes_in_both_places(selftest: Selftest) -> None:

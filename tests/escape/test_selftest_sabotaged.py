@@ -69,6 +69,7 @@ def test_holes_in_the_sandbox_are_found(
             "UDP: the host's loopback",
             "connections of the host",
             "names of abstract sockets",
+            "be reached by an abstract socket",
             "System V segment by its key",
             "System V message queue",
             "bounding capabilities",

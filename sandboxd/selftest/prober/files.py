@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 
-from sandboxd.selftest.prober.probe import AGENT, HOST, Plan, add, open_
+from sandboxd.selftest.prober.probe import AGENT, HOST, Attack, Plan, add, open_
 
 _HOSTS = "Secret: files of the host"
 _SYSTEM = "Agent steering a tool: planted files"
@@ -152,6 +153,25 @@ for _words, _path_of, _change in (
 ):  # fmt: skip
     add(_words, _SYSTEM, lambda plan, change=_change, path=_path_of: change(path), "EROFS",
         inside=_in_tmp(_change), says=_IN_TMP)  # fmt: skip
+
+
+def _run_from(directory: str) -> Attack:
+    """Execute a program that was put there."""
+
+    def attack(plan: Plan) -> None:
+        path = f"{directory}/true-{os.getpid()}"
+        shutil.copyfile("/bin/true", path)
+        os.chmod(path, 0o755)
+        try:
+            os.posix_spawn(path, [path], {})
+        finally:
+            os.unlink(path)
+
+    return attack
+
+
+add("run a program from /dev/shm", _SYSTEM, _run_from("/dev/shm"), landlocked=(1, "EACCES"),
+    inside=_run_from("/tmp"), says="one from /tmp")  # fmt: skip
 
 
 def _link_out(plan: Plan) -> None:

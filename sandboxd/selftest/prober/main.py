@@ -30,10 +30,11 @@ _WORKSPACE = "/workspace"
 _PLAN = f"{_WORKSPACE}/plan.json"
 _HOLDING, _RELEASE = f"{_WORKSPACE}/holding", f"{_WORKSPACE}/release"
 _SECONDS = 20.0
-_HOLD_SECONDS = 60.0
+_HOLD_SECONDS = 110.0
 _LEAVING_SECONDS = 0.5
 #: user, mount, pid, network, ipc, uts and cgroup namespaces.
 _NEW_USER, _NEW_MOUNTS, _NEW_REST = 0x10000000, 0x20000, 0x6E020000
+_SET_DEATH_SIGNAL = 1
 _MS_REC_PRIVATE, _MS_NOSUID_NODEV_NOEXEC = 0x44000, 0xE
 
 
@@ -118,6 +119,7 @@ def _in_scratch(plan: Plan) -> int:
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    kernel.libc.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     with contextlib.suppress(OSError):
         kernel.call("mount", b"", b"/", None, _MS_REC_PRIVATE, None)
         kernel.call("mount", b"proc", b"/proc", b"proc", _MS_NOSUID_NODEV_NOEXEC, None)

@@ -90,8 +90,8 @@ Attack = Callable[..., Any]
 class Probe:
     """One row of the catalogue.
 
-    ``denials``: what may come of it without seccomp and Landlock. Empty: only the filter stands in
-    its way. ``filtered``: the one denial where the filter is on. ``landlocked``: the one from an
+    ``denials``: what may come of it without seccomp and Landlock. Empty: only these stand in its
+    way. ``filtered``: the one denial where the filter is on. ``landlocked``: the one from an
     ABI of Landlock on. ``inside`` is a control in the sandbox: the same code where it is allowed.
     ``outside`` names the place outside where the attack itself must come to one of ``allowed``;
     where the host refuses even that, ``fallback`` has to work in the sandbox.

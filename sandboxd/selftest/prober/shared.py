@@ -92,6 +92,19 @@ def _own_abstract(plan: Plan) -> None:
             sock.connect(name)
 
 
+def _reachable(plan: Plan) -> str:
+    """Listen under a name that the runner, outside, tries to reach all the while."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"\0{plan.marker}-{plan.place}")
+        listener.settimeout(0.7)
+        listener.listen()
+        try:
+            listener.accept()[0].close()
+        except TimeoutError:
+            return "nobody came"
+    return "ok"
+
+
 def _abstract_names(plan: Plan) -> str:
     with open("/proc/net/unix") as table:
         return "ok" if any(plan.abstract in line for line in table) else "none listed"
@@ -161,6 +174,8 @@ add("file in /dev/shm", _THREAT, _shared_file, "ENOENT", outside=HOST, says=_SAM
 add("names in /dev/shm", _THREAT, lambda plan: _empty("/dev/shm"), "none listed",  # noqa: S108
     outside=HOST, says=_SAME)  # fmt: skip
 add("abstract socket of the host", _THREAT, _abstract, "ECONNREFUSED", outside=HOST, says=_SAME)
+add("be reached by an abstract socket", _THREAT, _reachable, "nobody came", inside=_own_abstract,
+    says="from the sandbox it is reached")  # fmt: skip
 add("names of abstract sockets", _THREAT, _abstract_names, "none listed", outside=HOST, says=_SAME)
 add("key of the host by its number", _THREAT, _key_by_number, "EACCES", "ENOKEY", filtered="EPERM",
     outside=HOST, fallback=_own_abstract, says=_SAME)  # fmt: skip
