@@ -6,6 +6,7 @@ Stop: no new sessions, every session ended, the admin socket, the launcher, audi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -14,7 +15,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from socket import socket
 
 import trio
@@ -33,7 +33,6 @@ from sandboxd.privileges import Identity
 from sandboxd.service import Service
 from sandboxd.sessions.manager import Manager
 from sandboxd.sessions.session import Session
-from sandboxd.sessions.spec import bridge_script
 from sandboxd.vault.custody import MasterKey
 from sandboxd.vault.vault import Vault
 
@@ -41,6 +40,10 @@ __all__ = ["Boot", "Daemon", "run"]
 
 _log = logging.getLogger("sandboxd")
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+#: Settings that are read once, when the daemon starts.
+_AT_START = ("key", "user", "admin_group", "log_level", "max_concurrent_calls", "uid_range")
 #: Seconds that what was kept ready for a session may take to end with it.
 _ENDING = 5.0
 
@@ -61,6 +64,10 @@ class Boot:
 
 def run(boot: Boot) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status, or raises SandboxdError."""
+    for number in _SIGNALS:
+        # What the receiver leaves over is raised again when it closes, and must not end the
+        # process by its default action, with sessions half recorded.
+        signal.signal(number, signal.SIG_IGN)
     try:
         trio.run(_serve, boot)
     except BaseExceptionGroup as group:
@@ -83,6 +90,7 @@ class Daemon:
     started_at: float = field(default_factory=time.time)
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
+    _reloading: trio.Lock = field(default_factory=trio.Lock)
 
     async def check(self) -> Config:
         """Read the configuration anew without applying it. ConfigErrors lists all that is wrong."""
@@ -94,24 +102,39 @@ class Daemon:
         Live sessions keep the agent, policy and versions that they started with. A configuration
         that can't be loaded raises, and the old one stays in force.
         """
+        async with self._reloading:
+            return await self._reload(by)
+
+    async def _reload(self, by: str) -> bool:
         self.boot.service.reloading()
         try:
             try:
                 config = await self.check()
-            except SandboxdError as failure:
-                await self.audit.append("daemon.reload_refused", by=by, problem=failure.message)
-                _log.error("reload refused, the old configuration stays: %s", failure.message)
-                raise
+            except Exception as failure:  # noqa: BLE001 - the old configuration must stay
+                refused = failure if isinstance(failure, SandboxdError) else _unreadable(failure)
+                await self.audit.append("daemon.reload_refused", by=by, problem=refused.message)
+                _log.error("reload refused, the old configuration stays: %s", refused.message)
+                raise refused from None
             changed = config.generation != self.config.generation
             await self.audit.append(
                 "daemon.reloaded", by=by, generation=config.generation, changed=changed
             )
             self.config = config
-            for warning in config.warnings:
+            for warning in self.warnings():
                 _log.warning("%s", warning)
             return changed
         finally:
             self.boot.service.ready(self.status())
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the configuration in force, and what of it is not in force yet."""
+        old, new = self.boot.settings, self.config.settings
+        waiting = [
+            f"sandboxd.yaml: the new {name} takes effect at the next start of the daemon"
+            for name in _AT_START
+            if getattr(old, name) != getattr(new, name)
+        ]
+        return [*self.config.warnings, *waiting]
 
     def status(self) -> str:
         count = len(self.sessions.live)
@@ -119,6 +142,12 @@ class Daemon:
 
 
 async def _serve(boot: Boot) -> None:
+    # Received from the first moment to the last; what comes while stopping changes nothing.
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        await _serve_until_told(boot, signals)
+
+
+async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
     async with _parts(boot) as daemon, trio.open_nursery() as nursery:
         await _compose(daemon, nursery)
         for id in await daemon.sessions.clear_leftovers():
@@ -140,7 +169,7 @@ async def _serve(boot: Boot) -> None:
         nursery.start_soon(_watchdog, boot.service)
         boot.service.ready(daemon.status())
         _log.info("serving on %s, %s mode", boot.paths.admin_socket, daemon.launcher.mode)
-        await _until_told_to_stop(daemon)
+        await _until_told_to_stop(daemon, signals)
         boot.service.stopping()
         _log.info("stopping")
         await daemon.audit.append("daemon.stopping", sessions=len(daemon.sessions.live))
@@ -188,8 +217,8 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         finally:
             with trio.move_on_after(_ENDING, shield=True):
                 await daemon.calls.end_session(session.id)
+            daemon.calls.forget(session.id)
 
-    bridge = Path(str(files("sandboxd.broker").joinpath("bridge.py")))
     daemon.sessions = Manager(
         paths=daemon.boot.paths,
         config=lambda: daemon.config,
@@ -198,7 +227,7 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         launcher=launcher,
         uids=uids,
         serve=serve,
-        bridge=bridge_script(bridge),
+        bridge=files("sandboxd.broker").joinpath("bridge.py").read_bytes(),
         nursery=nursery,
     )
 
@@ -230,16 +259,12 @@ async def _admin(
     )
 
 
-async def _until_told_to_stop(daemon: Daemon) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async for received in signals:
-            if received != signal.SIGHUP:
-                return
-            try:
-                await daemon.reload("SIGHUP")
-            except SandboxdError as failure:
-                for part in getattr(failure, "errors", ()):
-                    _log.error("%s", part.message)
+async def _until_told_to_stop(daemon: Daemon, signals: AsyncIterator[int]) -> None:
+    async for received in signals:
+        if received != signal.SIGHUP:
+            return
+        with contextlib.suppress(SandboxdError):  # logged and recorded already
+            await daemon.reload("SIGHUP")
 
 
 async def _fail_without_launcher(daemon: Daemon) -> None:
@@ -264,6 +289,14 @@ def _load(paths: Paths) -> Config:
         shipped_policies=shipped("policies"),
         shipped_tools=shipped("tools"),
         private={"the daemon's state": paths.state, "the daemon's sockets": paths.runtime},
+    )
+
+
+def _unreadable(failure: Exception) -> SandboxdError:
+    """An error that the loader does not know, by its class: its text may quote anything."""
+    return Unavailable(
+        f"the configuration could not be read ({type(failure).__name__})",
+        hint="look for what is unusual in the configuration directory: ls -lR",
     )
 
 

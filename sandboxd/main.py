@@ -23,7 +23,15 @@ from sandboxd import __version__
 from sandboxd.errors import Conflict, Invalid, SandboxdError, Unavailable
 from sandboxd.isolation.launcher import fork_launcher
 from sandboxd.paths import Paths, shipped
-from sandboxd.privileges import Identity, become, harden, identity, make_reachable, raise_file_limit
+from sandboxd.privileges import (
+    Identity,
+    become,
+    harden,
+    identity,
+    make_reachable,
+    raise_file_limit,
+    refuse_unreachable,
+)
 from sandboxd.service import Service
 
 if TYPE_CHECKING:
@@ -69,7 +77,9 @@ def _start(arguments: argparse.Namespace) -> int:
     source = _key_source(settings, paths)
     key = load_master_key(source, ask=_ask)
     if who is not None:
-        covered = make_reachable(_needed_paths(), who)
+        for directory in (paths.state, paths.runtime):
+            refuse_unreachable(directory, who)
+        covered = make_reachable([*_needed_paths(), paths.config], who)
         if covered:
             logging.getLogger("sandboxd").info(
                 "the broker sees %s covered: its Python lives below", ", ".join(covered)
@@ -146,6 +156,10 @@ def _lock(path: Path, who: Identity | None) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as failure:
         raise Unavailable(f"{path} can't be opened: {failure.strerror}") from None
+    status = os.fstat(fd)
+    if status.st_nlink != 1 or status.st_uid not in (os.geteuid(), who.uid if who else -1):
+        # Root gives this file to the broker: it must be nobody's other file by a second name.
+        raise Conflict(f"{path} is not this daemon's own file", hint=f"look at it: ls -l {path}")
     if who is not None:
         os.fchown(fd, who.uid, who.gid)
     try:

@@ -1,6 +1,7 @@
 """How the broker gives up root, and what it gives up besides.
 
-Called before trio starts and before any key is read. Raises rather than going on with more
+Called before trio starts; the master key, which root alone may be able to read, has been read by
+then and nothing else. Raises rather than going on with more
 privileges than promised.
 """
 
@@ -18,7 +19,15 @@ from pathlib import Path
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation import kernel
 
-__all__ = ["Identity", "become", "harden", "identity", "make_reachable", "raise_file_limit"]
+__all__ = [
+    "Identity",
+    "become",
+    "harden",
+    "identity",
+    "make_reachable",
+    "raise_file_limit",
+    "refuse_unreachable",
+]
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,16 @@ def make_reachable(paths: Iterable[str | Path], who: Identity) -> list[str]:
         kernel.set_mount_attributes(cover, kernel.MOUNT_ATTR_RDONLY, recursive=False)
         os.close(cover)
     return list(closed)
+
+
+def refuse_unreachable(directory: Path, who: Identity) -> None:
+    """Raise Unavailable when ``who`` could not reach a directory that it has to write."""
+    barrier = _barrier(str(directory), who)
+    if barrier is not None and barrier != str(directory):
+        raise Unavailable(
+            f"{directory} lies below {barrier}, which is closed to {who.name}",
+            hint="choose another place with --state and --runtime",
+        )
 
 
 def raise_file_limit(wanted: int) -> int:

@@ -62,18 +62,17 @@ class Methods:
                 "sessions": len(daemon.sessions.live),
                 "calls": daemon.calls.running(),
                 "key_custody": boot.custody,
-                "warnings": list(daemon.config.warnings),
+                "warnings": daemon.warnings(),
             }
         )
 
     async def reload(self, caller: Caller, params: dict[str, Any]) -> Reply:
         changed = await self._daemon.reload(caller.name)
-        config = self._daemon.config
         return Reply(
             {
-                "generation": config.generation,
+                "generation": self._daemon.config.generation,
                 "changed": changed,
-                "warnings": list(config.warnings),
+                "warnings": self._daemon.warnings(),
             }
         )
 
@@ -143,7 +142,7 @@ class Methods:
             {
                 "ok": report.ok,
                 "records": report.records,
-                "problem": None if report.first_bad is None else str(report.first_bad),
+                "problem": report.problem or None,
             }
         )
 
@@ -165,6 +164,6 @@ class Methods:
                 ],
                 "network": network,
                 "limits": attrs.asdict(decision.limits),
-                "isolation": layers(network, self._daemon.launcher.mode),
+                "isolation": layers(network, self._daemon.launcher),
             }
         )

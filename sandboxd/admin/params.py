@@ -19,6 +19,9 @@ __all__ = ["bounded", "iso", "known_agent", "param", "slug", "strings", "thread"
 
 T = TypeVar("T")
 
+#: Threads of operators' requests: a store that is slow must not take those of tool calls along.
+_LIMITER = trio.CapacityLimiter(8)
+
 
 def known_agent(daemon: Daemon, params: dict[str, Any]) -> Agent:
     """The configured agent that the parameters name. NotFound lists those that there are."""
@@ -70,4 +73,4 @@ def iso(at: float | None) -> str | None:
 
 
 async def thread(call: Callable[..., T], *args: Any) -> T:
-    return await trio.to_thread.run_sync(call, *args)
+    return await trio.to_thread.run_sync(call, *args, limiter=_LIMITER)

@@ -76,6 +76,14 @@ class SessionMethods:
         live = next((s for s in self._daemon.sessions.live if s.id == id), None)
         if live is not None:
             await live.ended.wait()
+            if live.ending is not None:  # known also when it could not be recorded
+                return Reply(
+                    {
+                        "exit_code": live.ending.code,
+                        "signal": live.ending.signal,
+                        "reason": live.ending.reason,
+                    }
+                )
         record = await self._record(id)
         return Reply(
             {
@@ -121,7 +129,7 @@ class SessionMethods:
                 "workspace": str(session.workspace or ""),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
                 "network": session.terms.network,
-                "isolation": layers(session.terms.network, self._daemon.launcher.mode),
+                "isolation": layers(session.terms.network, self._daemon.launcher),
                 "tools": [tool.name for tool in self._daemon.calls.tools(session)],
             }
         )

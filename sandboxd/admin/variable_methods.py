@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, SandboxdError
-from sandboxd.names import shown
+from sandboxd.names import shown, variable_name
 from sandboxd.secret import Secret
 
 if TYPE_CHECKING:
@@ -60,19 +62,19 @@ class VariableMethods:
         encoded = param(params, "values", dict)
         if not encoded:
             raise Invalid("no variable to set")
-        values = {name: _decoded(name, text) for name, text in encoded.items()}
-        vault = self._daemon.vault
-        await self._daemon.audit.append(
-            "env.set",
-            agent=agent,
-            names=sorted(values),
-            by=caller.name,
-            now=bool(params.get("now")),
-        )
-        async with self._told_when_failing("env.set", agent, caller):
-            versions = await thread(partial(vault.set, by=caller.name), agent, values)
-        older = {name: version - 1 for name, version in versions.items()}
-        cancelled = await self._revoke(caller, agent, older) if params.get("now") else 0
+        # Names are checked before they are recorded: what stands for one is often a value.
+        values = {variable_name(name): _decoded(name, text) for name, text in encoded.items()}
+        now = bool(params.get("now"))
+        # Once begun it is done to the end: a client that leaves must not leave half of it.
+        with trio.CancelScope(shield=True):
+            await self._daemon.audit.append(
+                "env.set", agent=agent, names=sorted(values), by=caller.name, now=now
+            )
+            async with self._told_when_failing("env.set", agent, caller):
+                put = partial(self._daemon.vault.set, by=caller.name)
+                versions = await thread(put, agent, values)
+                older = {name: version - 1 for name, version in versions.items()}
+                cancelled = await self._revoke(caller, agent, older) if now else 0
         return Reply(
             {
                 "agent": agent,
@@ -85,14 +87,21 @@ class VariableMethods:
 
     async def remove(self, caller: Caller, params: dict[str, Any]) -> Reply:
         agent = slug(params)
-        names = strings(params, "names")
-        await self._daemon.audit.append(
-            "env.removed", agent=agent, names=sorted(names), by=caller.name
-        )
-        async with self._told_when_failing("env.removed", agent, caller):
-            remove = partial(self._daemon.vault.remove, by=caller.name)
-            versions = await thread(remove, agent, names)
-        cancelled = await self._revoke(caller, agent, versions) if params.get("now") else 0
+        names = [variable_name(name) for name in strings(params, "names")]
+        now = bool(params.get("now"))
+        with trio.CancelScope(shield=True):
+            await self._daemon.audit.append(
+                "env.removed", agent=agent, names=sorted(names), by=caller.name, now=now
+            )
+            async with self._told_when_failing("env.removed", agent, caller):
+                # What is removed already can still be taken from the sessions that hold it.
+                gone = self._held(agent, names) if now else {}
+                there = {v.name for v in await thread(self._daemon.vault.list, agent)}
+                wanted = [name for name in names if name in there or name not in gone]
+                remove = partial(self._daemon.vault.remove, by=caller.name)
+                versions = await thread(remove, agent, wanted) if wanted else {}
+                versions = {**gone, **versions}
+                cancelled = await self._revoke(caller, agent, versions) if now else 0
         return Reply(
             {
                 "agent": agent,
@@ -127,6 +136,16 @@ class VariableMethods:
             await thread(partial(self._daemon.vault.revoke, up_to=version), agent, name)
             cancelled += await self._daemon.calls.cancel_using(agent, name, version)
         return cancelled
+
+    def _held(self, agent: str, names: Collection[str]) -> dict[str, int]:
+        """The newest version of each name that a live session of the agent still may use."""
+        held: dict[str, int] = {}
+        for session in self._daemon.sessions.live:
+            variables = session.snapshot.variables if session.agent.slug == agent else {}
+            for name in variables.keys() & set(names):
+                if not self._daemon.vault.is_revoked(variables[name]):
+                    held[name] = max(held.get(name, 0), variables[name].version)
+        return held
 
     def _holding(self, agent: str, versions: Mapping[str, int]) -> list[str]:
         """Live sessions whose snapshot still has one of these versions, unless it was revoked."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets as random
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,10 @@ log = logging.getLogger(__name__)
 _DRAIN = 2.0
 #: Seconds that a killed tree may take to be reaped, and the last audit record to be written.
 _REAP = 10.0
+#: No tool has a longer name: what an agent asks for is recorded, and must not fill the disk.
+_LONGEST_NAME = 80
+#: Denials of one session that are recorded in a minute; whoever goes on asking is put off.
+_DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
 
@@ -114,6 +119,7 @@ class Calls:
             patience=bounds.patience,
         )
         self._live: dict[str, _Live] = {}
+        self._denials: dict[str, deque[float]] = {}
         self._touched: dict[tuple[str, str, int], float] = {}
 
     def tools(self, session: Session) -> list[Tool]:
@@ -140,7 +146,7 @@ class Calls:
         """
         try:
             async with self._gate.slot(session.id):
-                live = _Live(_new_id(), session, tool, trio.current_time())
+                live = _Live(_new_id(), session, tool[:_LONGEST_NAME], trio.current_time())
                 self._live[live.id] = live
                 try:
                     return await self._decide(live, arguments, progress)
@@ -190,10 +196,17 @@ class Calls:
         """Decide and record; what was allowed and recorded goes on to run."""
         session = live.session
         decision = decide(session.config, session.agent, live.tool, arguments)
-        chosen, missing = _choose(decision, session.snapshot)
+        chosen, missing, revoked = self._choose(decision, session.snapshot)
         verdict, reason = decision.verdict, decision.reason
-        if verdict == "allow" and missing:
+        if verdict == "allow" and revoked:
+            verdict, reason = "deny", f"the variable {', '.join(revoked)} was revoked"
+        elif verdict == "allow" and missing:
             verdict, reason = "deny", f"{session.agent.slug} has no variable {', '.join(missing)}"
+        if verdict == "deny" and not self._may_deny(session.id):
+            raise Busy(
+                f"this session was denied {_DENIALS} calls within a minute",
+                hint="see what tools/list offers, and wait",
+            )
         live.versions = {sealed.name: sealed.version for _, sealed in chosen}
         injected: list[JSON] = [
             {"name": sealed.name, "version": sealed.version, "delivery": spec.delivery}
@@ -218,10 +231,42 @@ class Calls:
             )
         if verdict == "deny":
             hint = decision.hint
-            if decision.allowed:
+            if decision.allowed and missing and not revoked:
                 hint = f"the operator can: sandboxctl env set {session.agent.slug} {missing[0]}"
             return CallResult("denied", live.id, message=reason, hint=hint, rule=decision.rule)
         return await self._run(live, decision, chosen, progress)
+
+    def _choose(
+        self, decision: Decision, snapshot: Snapshot
+    ) -> tuple[list[tuple[SecretSpec, Sealed]], list[str], list[str]]:
+        """What an allowed call gets; the required variables that are missing or revoked."""
+        chosen: list[tuple[SecretSpec, Sealed]] = []
+        missing: list[str] = []
+        revoked: list[str] = []
+        for spec in decision.inject if decision.allowed else ():
+            sealed = snapshot.variables.get(spec.variable)
+            if sealed is not None and self._vault.is_revoked(sealed):
+                revoked.append(str(spec.variable))
+            elif sealed is not None:
+                chosen.append((spec, sealed))
+            elif spec.required:
+                missing.append(str(spec.variable))
+        return chosen, missing, revoked
+
+    def _may_deny(self, session: str) -> bool:
+        """Whether one more denial of the session may be recorded now."""
+        times = self._denials.setdefault(session, deque())
+        now = trio.current_time()
+        while times and times[0] < now - 60:
+            times.popleft()
+        if len(times) >= _DENIALS:
+            return False
+        times.append(now)
+        return True
+
+    def forget(self, session_id: str) -> None:
+        """The session is over: nothing of it is kept."""
+        self._denials.pop(session_id, None)
 
     async def _run(
         self,
@@ -398,20 +443,6 @@ class Calls:
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
             await trio.to_thread.run_sync(self._vault.touch, due, now)
-
-
-def _choose(
-    decision: Decision, snapshot: Snapshot
-) -> tuple[list[tuple[SecretSpec, Sealed]], list[str]]:
-    """The sealed variables that an allowed call gets, and the required ones that are missing."""
-    chosen, missing = [], []
-    for spec in decision.inject if decision.allowed else ():
-        sealed = snapshot.variables.get(spec.variable)
-        if sealed is not None:
-            chosen.append((spec, sealed))
-        elif spec.required:
-            missing.append(str(spec.variable))
-    return chosen, missing
 
 
 async def _read(

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 #: Requests that one connection may have open.
 _MAX_REQUESTS = 32
+#: Lines over the limit that one connection may send before it is closed.
+_MAX_TOO_LONG = 16
 #: Bytes of replies that may wait for a slow reader before nothing more is read from it.
 _MAX_UNSENT = 8 << 20
 #: Seconds after which a reader that takes nothing at all is given up.
@@ -197,7 +199,12 @@ class _Connection:
         async with self._incoming:
             reader = LineReader(self._stream)
             try:
+                too_long = 0
                 while (line := await reader.receive()) is not None:
+                    too_long += isinstance(line, Refused)
+                    if too_long > _MAX_TOO_LONG:
+                        log.warning("a client sends too much; its connection is closed")
+                        connection.cancel()
                     while self.unsent > _MAX_UNSENT:
                         await self._change()
                     try:

@@ -24,7 +24,7 @@ import trio
 from sandboxd.broker import calls as broker_calls
 from sandboxd.broker.calls import Calls
 from sandboxd.broker.mcp import refuse_connection, serve_connection
-from sandboxd.errors import Denied, Invalid, Unavailable
+from sandboxd.errors import Denied, Invalid
 from sandboxd.paths import MAX_SOCKET_PATH
 
 __all__ = ["CheckPeer", "Peer", "Session", "check_descent", "peer_of", "serve_session_socket"]
@@ -95,15 +95,15 @@ async def _serve_one(
     open_now: set[trio.SocketStream],
 ) -> None:
     """One connection from its check to its end. Its failure is its own."""
-    if len(open_now) >= _MAX_CONNECTIONS:
-        busy = Unavailable(
-            f"this session has {_MAX_CONNECTIONS} connections open", hint="close one first"
-        )
-        await refuse_connection(stream, busy)
-        return
-    open_now.add(stream)
+    busy = len(open_now) >= _MAX_CONNECTIONS
+    if not busy:
+        open_now.add(stream)
     try:
         try:
+            if busy:
+                raise Denied(
+                    f"this session has {_MAX_CONNECTIONS} connections open", hint="close one first"
+                )
             await _check(stream, session, check_peer)
         except Denied as denied:
             log.warning("session %s: connection refused: %s", session.id, denied.message)

@@ -148,6 +148,10 @@ def set_(args: argparse.Namespace) -> int:
 
 
 def remove(args: argparse.Namespace) -> int:
+    from sandboxd.names import variable_name
+
+    for name in args.names:
+        variable_name(name)
     with connect(args) as daemon:
         got = daemon.call("env.remove", agent=args.agent, names=args.names, now=args.now)
     if args.json:

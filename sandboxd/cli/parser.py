@@ -26,10 +26,7 @@ NOUNS: dict[str, tuple[str, str]] = {
     "reload": ("status", "apply a changed configuration"),
     "doctor": ("host", "what this host offers for isolation, and what is missing"),
     "demo": ("host", "show the whole promise on real processes, in a temporary directory"),
-    "selftest": (
-        "selftest",
-        "try every way out of a sandbox on this host, and show what is refused",
-    ),
+    "selftest": ("selftest", "try every way out of a sandbox, and show what is refused"),
     "init": ("init", "write a configuration directory that works, and a master key"),
     "install": ("host", "install the systemd service"),
     "uninstall": ("host", "remove the systemd service"),

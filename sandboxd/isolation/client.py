@@ -97,6 +97,10 @@ class Launcher:
         self._failure: SandboxdError | None = None
         self._pidfd = -1
         self.privileged = False
+        #: The kernel's Landlock ABI, as far as it is used; 0 without Landlock.
+        self.landlock = 0
+        #: Whether sandboxes have system call filters.
+        self.seccomp = False
         #: What limits a whole sandbox.
         self.cgroup = CgroupState()
         #: Of the launcher process, as this host's /proc names it.
@@ -279,7 +283,7 @@ class Launcher:
     def _take(self, frame: Frame, fds: list[int]) -> None:
         """Act on one report. A descriptor that is kept is taken out of ``fds``."""
         if frame.kind is Kind.READY:
-            self.privileged = bool(frame.a)
+            self.privileged, self.landlock, self.seccomp = bool(frame.a), frame.b, bool(frame.c)
             self.cgroup = CgroupState.unpack(frame.text)
             if fds:
                 self._pidfd = fds.pop()

@@ -25,7 +25,7 @@ from functools import partial
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
-from sandboxd.isolation import cgroup, kernel, template
+from sandboxd.isolation import cgroup, kernel, landlock, seccomp, template
 from sandboxd.isolation.cgroup import Cgroup, Cgroups, Share, Usage
 from sandboxd.isolation.sandbox import enter, prepare
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
@@ -160,6 +160,7 @@ class _Sandbox:
 class _Launcher:
     def __init__(self, sock: socket.socket, cgroups: Cgroups, *, privileged: bool) -> None:
         self.sock, self.cgroups, self.privileged = sock, cgroups, privileged
+        self.filtered = seccomp.restrict_launcher()
         self.birth = True  # until the kernel refuses to fork into a cgroup
         self.busy: list[Cgroup] = []  # of ended sandboxes, not removed yet
         self.sandboxes: dict[int, _Sandbox] = {}
@@ -175,7 +176,8 @@ class _Launcher:
         self.selector.register(self.sock, selectors.EVENT_READ, self._on_frame)
         me = os.pidfd_open(os.getpid())
         state = self.cgroups.state.pack()
-        self._send(Frame(Kind.READY, 0, int(self.privileged), text=state), me)
+        walls = landlock.best_abi(), int(self.filtered)
+        self._send(Frame(Kind.READY, 0, int(self.privileged), *walls, text=state), me)
         os.close(me)
         # What exists now lives for good: children then collect garbage without copying its pages.
         gc.collect()

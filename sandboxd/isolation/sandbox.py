@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
-from sandboxd.isolation import kernel
+from sandboxd.isolation import kernel, landlock, seccomp
 from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
@@ -136,6 +136,10 @@ def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
     are the descriptors that the program gets.
     """
     kernel.drop_capabilities()
+    system, _ = system_layout()
+    places = landlock.places(spec, system)
+    landlock.restrict(landlock.best_abi(), places, streams, tcp=spec.network == "host")
+    seccomp.restrict_sandbox()
 
 
 def _become_user(uid: int, sysctl: int, *, privileged: bool) -> None:

@@ -16,7 +16,7 @@ from sandboxd.errors import Unavailable
 __all__ = ["DEFAULT_COUNT", "DEFAULT_FIRST", "UidPool"]
 
 #: 1,879,048,192 to 2,147,483,647 is used by nobody (systemd's UIDS-GIDS document).
-DEFAULT_FIRST = 1_900_000_000
+DEFAULT_FIRST = 1_879_048_192
 DEFAULT_COUNT = 65_536
 
 

@@ -128,11 +128,12 @@ def read_source(
         else:
             problems.add(name, None, f"can't be read: {os.strerror(error.errno or 0)}")
         return None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        problems.add(name, None, "expected a regular file")
+        return None
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            problems.add(name, None, "expected a regular file")
-            return None
         refusal = trust.judge(name, status)
         if refusal:
             problems.add(name, None, refusal.removeprefix(f"{name} "), _fix(refusal))

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+from sandboxd.isolation.client import Launcher
+from sandboxd.isolation.landlock import SINCE
+from sandboxd.isolation.wire import CgroupState
+
 __all__ = ["layers", "provided"]
 
 _ALWAYS = frozenset(
@@ -16,18 +22,23 @@ _ALWAYS = frozenset(
 )
 
 
-def provided(network: str) -> frozenset[str]:
+def provided(network: str, launcher: Launcher) -> frozenset[str]:
     """The features, by the names a policy's ``require`` uses, that a sandbox really gets."""
-    return _ALWAYS if network == "host" else _ALWAYS | {"network_namespace"}
+    depends = {
+        "network_namespace": network != "host",
+        "landlock": launcher.landlock > 0,
+        "seccomp": launcher.seccomp,
+        "cgroup": launcher.cgroup.complete,
+    }
+    return _ALWAYS | {feature for feature, there in depends.items() if there}
 
 
-def layers(network: str, mode: str) -> list[dict[str, str]]:
-    """The layers of one sandbox and the state of each: ``on`` or ``lowered``, with a remark.
+def layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
+    """The layers of one sandbox, the state of each and a remark.
 
-    ``mode`` is the launcher's: ``root`` gives each sandbox a host uid of its own, ``user`` runs
-    all of them as the operator's.
+    ``on``; ``lowered``, because a policy allowed it; or ``missing``, because this host lacks it.
     """
-    own_uid = "a host uid of its own" if mode == "root" else "the operator's uid"
+    own_uid = "a host uid of its own" if launcher.mode == "root" else "the operator's uid"
     return [
         _on("user namespace", f"{own_uid}; no user namespace may be made inside"),
         _on("mount namespace", "a read-only root of its own; the host's files are not there"),
@@ -37,13 +48,38 @@ def layers(network: str, mode: str) -> list[dict[str, str]]:
         _on("cgroup namespace", "the host's cgroup paths are hidden"),
         _on("network namespace", "no interface is up")
         if network == "none"
-        else {"layer": "network namespace", "state": "lowered", "remark": "the host's network"},
+        else _layer("network namespace", "lowered", "the host's network"),
         _on("capabilities", "every set is empty"),
         _on("no new privileges", "setuid and file capabilities give nothing"),
+        _landlock(launcher.landlock, network),
+        _on("seccomp", "a list of allowed system calls; no other ABI, no clone3")
+        if launcher.seccomp
+        else _layer("seccomp", "missing", f"no filters in this kernel on {os.uname().machine}"),
         _on("session keyring", "a new, empty one"),
         _on("resource limits", "per process; no core dumps"),
+        _cgroup(launcher.cgroup),
     ]
 
 
+def _cgroup(state: CgroupState) -> dict[str, str]:
+    if not state.complete:
+        return _layer("cgroup", "missing", f"limits hold for single processes: {state.lacking}")
+    return _on("cgroup", f"memory, processes and processors of the whole tree ({state.version})")
+
+
+def _landlock(abi: int, network: str) -> dict[str, str]:
+    if abi == 0:
+        return _layer("landlock", "missing", "not in this kernel, or not enabled")
+    tcp = 4  # the version that brought it; a shared network isn't restricted by ports
+    covered = [
+        what for since, what in SINCE.items() if since <= abi and (since, network) != (tcp, "host")
+    ]
+    return _on("landlock", f"ABI {abi}: {', '.join(covered)}")
+
+
 def _on(layer: str, remark: str) -> dict[str, str]:
-    return {"layer": layer, "state": "on", "remark": remark}
+    return _layer(layer, "on", remark)
+
+
+def _layer(layer: str, state: str, remark: str) -> dict[str, str]:
+    return {"layer": layer, "state": state, "remark": remark}

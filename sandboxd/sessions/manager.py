@@ -7,6 +7,7 @@ session can outlive its task, and no task outlives the manager's nursery.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import signal
@@ -29,6 +30,7 @@ from sandboxd.paths import Paths
 from sandboxd.policy import Config
 from sandboxd.policy.decide import session_terms
 from sandboxd.sessions import streams
+from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
 from sandboxd.sessions.session import Ending, Session
 from sandboxd.sessions.spec import agent_spec, check_agent
@@ -36,6 +38,9 @@ from sandboxd.vault.store import SessionRecord
 from sandboxd.vault.vault import Vault
 
 __all__ = ["Manager", "Request", "Started"]
+
+#: Detached sessions whose recorded output is kept, each at most twice output.MAX_LOG.
+MAX_LOGS = 100
 
 #: How long a stopped agent has to leave by itself.
 GRACE_SECONDS = 5.0
@@ -93,6 +98,8 @@ class Manager:
         self._launcher, self._uids, self._serve, self._bridge = launcher, uids, serve, bridge
         self._nursery = nursery
         self._closing = False
+        self._starting = 0
+        self._unwritten: list[SessionRecord] = []
         self._live: dict[str, Session] = {}
         self._recorders: dict[str, Recorder] = {}
 
@@ -123,7 +130,7 @@ class Manager:
         KernelError or Unavailable when the sandbox can't be built. Nothing is left behind then.
         """
         if self._closing:
-            raise Unavailable("the daemon is stopping and starts nothing any more")
+            raise _stopping()
         config = self._config()
         agent = config.agents.get(agent_slug(request.agent))
         if agent is None:
@@ -135,22 +142,30 @@ class Manager:
                     or f"none; add one in {self._paths.config}/agents/"
                 ),
             )
-        if len(self._live) >= config.settings.max_sessions:
+        if len(self._live) + self._starting >= config.settings.max_sessions:
             raise Conflict(
-                f"{len(self._live)} sessions are running, which is the limit",
+                f"{config.settings.max_sessions} sessions are running, which is the limit",
                 hint="stop one (sandboxctl session stop), or raise max_sessions in sandboxd.yaml",
             )
         policy = config.policies[agent.policy]
         terms = session_terms(config, agent)
-        check_agent(agent, policy, terms, request.args)
+        offered = provided(terms.network, self._launcher)
+        check_agent(agent, policy, terms, request.args, offered)
         id = new_session_id()
+        self._starting += 1  # a place is taken before the first await, so the limit holds
+        try:
+            snapshot = await trio.to_thread.run_sync(self._vault.snapshot, agent.slug)
+        finally:
+            self._starting -= 1
+        if self._closing:
+            raise _stopping()
         session = Session(
             id=id,
             agent=agent,
             config=config,
             policy=policy,
             terms=terms,
-            snapshot=await trio.to_thread.run_sync(self._vault.snapshot, agent.slug),
+            snapshot=snapshot,
             uid=self._uids.acquire(),
             workspace=None,
             directory=self._paths.sessions / id,
@@ -169,19 +184,29 @@ class Manager:
         return Started(session, fds)
 
     async def stop(self, session: Session, *, reason: str, grace: float = GRACE_SECONDS) -> Ending:
-        """SIGTERM, then after ``grace`` seconds SIGKILL for the whole tree; returns its ending."""
+        """SIGTERM, then after ``grace`` seconds SIGKILL for the whole tree; returns its ending.
+
+        Once asked for it happens, also when who asked is gone. A session that is still starting
+        ends before its program does anything.
+        """
         session.stop_reason = session.stop_reason or reason
-        if session.process is not None and not session.ended.is_set():
-            if grace > 0:
-                await session.process.signal(signal.SIGTERM)
-                await session.process.signal(signal.SIGCONT)  # a stopped agent can't end itself
-                with trio.move_on_after(grace):
-                    await session.ended.wait()
-            if not session.ended.is_set():
-                await session.process.kill()
+        self._nursery.start_soon(self._end, session, grace)
         await session.ended.wait()
         assert session.ending is not None
         return session.ending
+
+    async def _end(self, session: Session, grace: float) -> None:
+        process = session.process
+        if process is None or session.ended.is_set():
+            return  # a starting one looks at its stop_reason
+        with contextlib.suppress(Unavailable):  # the launcher is gone, and with it the process
+            if grace > 0:
+                await process.signal(signal.SIGTERM)
+                await process.signal(signal.SIGCONT)  # a stopped agent can't end itself
+                with trio.move_on_after(grace):
+                    await session.ended.wait()
+            if not session.ended.is_set():
+                await process.kill()
 
     async def stop_all(self, *, reason: str, grace: float = GRACE_SECONDS) -> None:
         """Refuse new sessions and end every live one."""
@@ -206,6 +231,7 @@ class Manager:
         self._paths.sessions.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in self._paths.sessions.iterdir():
             shutil.rmtree(directory, ignore_errors=True)
+        await trio.to_thread.run_sync(self._prune_logs)
         return [record.id for record in leftover]
 
     async def _run(
@@ -227,7 +253,7 @@ class Manager:
             with ExitStack() as undo:
                 undo.callback(self._forget, session)
                 session.workspace = self._workspace(session)
-                session.directory.mkdir(mode=0o700, parents=True)
+                _make(session.directory)
                 undo.callback(shutil.rmtree, session.directory, ignore_errors=True)
                 await self._note_start(session)
                 try:
@@ -243,6 +269,7 @@ class Manager:
             # One session's trouble (a full disk, say) must not take the daemon along.
             _log.error("session %s: %s", session.id, _name(failure))
         finally:
+            session.ending = session.ending or Ending(None, None, "failed to start")
             session.ended.set()
 
     async def _live_through(
@@ -270,16 +297,22 @@ class Manager:
             session.process = await self._launcher.launch(
                 spec, stdin=stdin, stdout=stdout, stderr=stderr
             )
+            if session.stop_reason or self._closing:
+                raise Unavailable(
+                    f"the session was stopped while it started: {session.stop_reason}"
+                )
             ends.close_child()
             await self._keep(session, "running")
             if request.attach:
                 return ends.take_operator()
             recorder = self._recorders[session.id] = Recorder(self._paths.logs / session.id)
             serving.start_soon(recorder.record, ends.take_operator()[0])
+            await trio.to_thread.run_sync(self._prune_logs)
         except BaseException:
             if session.process is not None:
-                with trio.CancelScope(shield=True):
+                with trio.CancelScope(shield=True), contextlib.suppress(Unavailable):
                     await session.process.kill()
+                    await session.process.wait()
             raise
         finally:
             ends.close()
@@ -350,7 +383,15 @@ class Manager:
             variables={name: v.version for name, v in session.snapshot.variables.items()},
             workspace=str(session.workspace or ""),
         )
-        await trio.to_thread.run_sync(self._vault.put_session, record)
+        try:
+            await trio.to_thread.run_sync(self._vault.put_session, record)
+            while self._unwritten:  # what a full disk kept from being written
+                await trio.to_thread.run_sync(self._vault.put_session, self._unwritten[0])
+                del self._unwritten[0]
+        except SandboxdError:
+            if ending is not None:
+                self._unwritten.append(record)
+            raise
 
     def _workspace(self, session: Session) -> Path | None:
         """The host directory that becomes /workspace; the default one is made here."""
@@ -359,9 +400,17 @@ class Manager:
             return None
         if wanted.path is None:
             path = self._paths.workspaces / session.agent.slug
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make(path)
             return path
         return Path(wanted.path)
+
+    def _prune_logs(self) -> None:
+        """Keep the recorded output of the newest sessions; the disk is not the agents'."""
+        with contextlib.suppress(FileNotFoundError):
+            kept = sorted(self._paths.logs.iterdir(), key=lambda d: d.stat().st_mtime)
+            for directory in kept[:-MAX_LOGS]:
+                if directory.name not in self._live:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def _forget(self, session: Session) -> None:
         del self._live[session.id]
@@ -374,8 +423,21 @@ async def _ending_of(process: Process, session: Session) -> Ending:
         exit = await process.wait()
     except Unavailable:
         return Ending(None, signal.SIGKILL, "the launcher died")
-    reason = session.stop_reason or ("exited" if exit.signal is None else "killed")
+    how = "out of memory" if exit.oom else "exited" if exit.signal is None else "killed"
+    reason = session.stop_reason or how
     return Ending(exit.code, exit.signal, reason)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the daemon is stopping and starts nothing any more")
+
+
+def _make(directory: Path) -> None:
+    """Make a private directory. KernelError says where and why it can't be."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as failure:
+        raise KernelError("mkdir", failure.errno or 0, str(directory)) from None
 
 
 def _failed_start(failure: BaseException) -> Ending:

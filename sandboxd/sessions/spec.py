@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection
+from pathlib import PurePosixPath
 
 from sandboxd.errors import Denied, Invalid
 from sandboxd.isolation.runtime import python_mounts
@@ -13,7 +15,6 @@ from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
 from sandboxd.policy import Agent, Policy
 from sandboxd.policy import Limits as PolicyLimits
 from sandboxd.policy.decide import SessionTerms
-from sandboxd.sessions.layers import provided
 from sandboxd.sessions.session import Session
 
 __all__ = ["BRIDGE", "HOME", "SOCKET", "WORKSPACE", "agent_spec", "check_agent", "launch_limits"]
@@ -23,11 +24,26 @@ WORKSPACE = "/workspace"
 SOCKET = "/run/sandboxd/broker.sock"
 BRIDGE = "/run/sandboxd/bin/sandboxd-mcp"
 
+_BRIDGE_PROGRAM = "/run/sandboxd/lib/bridge.py"
+#: A shell starts this Python, whose path may be longer than a #! line and may hold spaces.
+_BRIDGE_COMMAND = os.fsencode(
+    f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {_BRIDGE_PROGRAM} "$@"\n'
+)
+
 _TERM = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
 
 
-def check_agent(agent: Agent, policy: Policy, terms: SessionTerms, args: tuple[str, ...]) -> None:
-    """Refuse what the agent's file or policy does not allow, before anything is made."""
+def check_agent(
+    agent: Agent,
+    policy: Policy,
+    terms: SessionTerms,
+    args: tuple[str, ...],
+    offered: Collection[str],
+) -> None:
+    """Refuse what the agent's file or policy does not allow, before anything is made.
+
+    ``offered`` are the isolation features that the session would have.
+    """
     if args and not agent.args_allowed:
         raise Denied(
             f"agent {agent.slug} takes no arguments",
@@ -36,7 +52,7 @@ def check_agent(agent: Agent, policy: Policy, terms: SessionTerms, args: tuple[s
         )
     if any("\0" in arg for arg in args):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
-    missing = [feature for feature in terms.require if feature not in provided(terms.network)]
+    missing = [feature for feature in terms.require if feature not in offered]
     if missing:
         raise Denied(
             f"policy {policy.name} requires what a session would not have: {', '.join(missing)}",
@@ -46,7 +62,10 @@ def check_agent(agent: Agent, policy: Policy, terms: SessionTerms, args: tuple[s
 
 
 def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec:
-    """The sandbox of ``session``'s agent: an empty environment plus what is listed here."""
+    """The sandbox of ``session``'s agent: an empty environment plus what is listed here.
+
+    ``bridge`` is the source of the bridge program.
+    """
     agent = session.agent
     environment = {
         "PATH": f"{PurePosixPath(BRIDGE).parent}:/usr/local/bin:/usr/bin:/bin",
@@ -80,14 +99,12 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
         network=session.terms.network,
         tty=session.tty,
         mounts=tuple(mounts),
-        files=(FileSpec(BRIDGE, bridge, 0o555),),
+        files=(
+            FileSpec(BRIDGE, _BRIDGE_COMMAND, 0o555),
+            FileSpec(_BRIDGE_PROGRAM, bridge, 0o444),
+        ),
         limits=launch_limits(session.terms.limits),
     )
-
-
-def bridge_script(source: Path) -> bytes:
-    """The bridge as one executable file: this Python, and nothing of the broker's packages."""
-    return b"#!" + os.fsencode(sys.executable) + b" -IS\n" + source.read_bytes()
 
 
 def launch_limits(limits: PolicyLimits) -> Limits:

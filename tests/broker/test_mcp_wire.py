@@ -351,7 +351,8 @@ async def test_calls_of_one_connection_run_side_by_side(
     wire = await connections.open()
     first = await wire.start("tools/call", {"name": "wait", "arguments": {"word": "flag"}})
     second = await wire.start("tools/call", {"name": "make", "arguments": {"word": "flag"}})
-    assert [(await wire.receive())["id"], (await wire.receive())["id"]] == [second, first]
+    # The first ends only because the second ran meanwhile; either answer may come first.
+    assert {(await wire.receive())["id"], (await wire.receive())["id"]} == {first, second}
 
 
 async def test_several_connections_of_one_session_are_served_at_once(

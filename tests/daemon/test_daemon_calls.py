@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import psutil
 import pytest
 from real_daemon import RealDaemon, until
+
+from sandboxd.errors import Invalid
 
 SECRET = "s3cr3t-value-of-the-tests"
 
@@ -224,3 +228,63 @@ def test_a_change_takes_effect_on_the_next_session(tooled: RealDaemon) -> None:
     running.communicate(timeout=30)
     decided = [r for r in tooled.audit() if r["event"] == "call.decided"]
     assert [i["version"] for i in decided[-1]["injected"]] == [1]
+
+
+def test_revoking_is_done_to_the_end_when_its_operator_leaves(tooled: RealDaemon) -> None:
+    running = in_background(tooled, "slow")
+    until(lambda: len(sleepers()) == 2)
+    encoded = base64.b64encode(b"another-value").decode()
+    for number in range(10):
+        with tooled.client() as client:
+            client.submit("env.set", agent="caller", values={"TOKEN": encoded}, now=True)
+            time.sleep(number / 1000)
+    until(lambda: sleepers() == [])
+    running.communicate(timeout=30)
+    names = ("env.set", "env.revoked", "admin.failed")
+    until(lambda: len([r for r in tooled.audit() if r["event"] == "env.revoked"]) >= 1)
+    events = [r["event"] for r in tooled.audit() if r["event"] in names]
+    sets = events.count("env.set")
+    assert sets >= 2  # the fixture's and at least one of ours
+    until(lambda: tooled.call("env.list", agent="caller")["variables"][0]["version"] == sets)
+    until(
+        lambda: (
+            [r["up_to"] for r in tooled.audit() if r["event"] == "env.revoked"][-1:] == [sets - 1]
+        )
+    )
+
+
+def test_what_was_removed_can_still_be_taken_from_live_sessions(tooled: RealDaemon) -> None:
+    running = in_background(tooled, "slow")
+    until(lambda: len(sleepers()) == 2)
+    assert tooled.call("env.remove", agent="caller", names=["TOKEN"], now=False)["live_sessions"]
+    done = tooled.call("env.remove", agent="caller", names=["TOKEN"], now=True)
+    assert done["cancelled_calls"] == 1
+    assert done["live_sessions"] == []
+    running.communicate(timeout=30)
+
+
+def test_a_pasted_value_in_place_of_a_name_is_not_recorded(tooled: RealDaemon) -> None:
+    for method, more in (
+        ("env.remove", {"names": ["sk-live-PASTED"]}),
+        ("env.set", {"values": {"sk-live-PASTED": ""}}),
+    ):
+        with pytest.raises(Invalid):
+            tooled.call(method, agent="caller", now=False, **more)
+    assert "PASTED" not in json.dumps(tooled.audit())
+
+
+def test_an_agent_cannot_fill_the_disk_with_refusals(tooled: RealDaemon) -> None:
+    asked = [("n" * 500_000, {})] * 3 + [("nothing", {})] * 150
+    path = tooled.base / "asked.json"
+    path.write_text(json.dumps(asked))
+    before = sum(f.stat().st_size for f in tooled.paths.audit.iterdir())
+    agent = tooled.paths.config / "agents/caller.yaml"
+    text = agent.read_text().replace("json.loads(sys.argv[1])", "json.load(open('/asked'))")
+    agent.write_text(text + f"mounts: [{{source: {path}, target: /asked}}]\n")
+    tooled.call("reload")
+    done = tooled.run("caller", "x")
+    assert done.returncode == 0, done.stderr
+    assert "denied 120 calls within a minute" in done.stdout
+    grown = sum(f.stat().st_size for f in tooled.paths.audit.iterdir()) - before
+    assert grown < 150_000
+    assert len([r for r in tooled.audit() if r.get("decision") == "deny"]) == 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -240,3 +241,102 @@ def test_following_the_audit_log_misses_no_record(configured: RealDaemon) -> Non
     assert followed == list(range(first + 1, first + 11))
     with configured.client() as client:
         assert list(client.stream("audit.tail", n=0, follow=False)) == []
+
+
+def test_a_state_directory_that_is_not_writable_is_refused(configured: RealDaemon) -> None:
+    configured.start()
+    assert configured.stop() == 0
+    configured.paths.state.chmod(0o500)
+    refused = configured.fail_to_start()
+    assert refused.returncode == 5
+    assert "not writable" in refused.stderr
+    assert "chmod u+w" in refused.stderr
+
+
+def test_a_lock_that_is_another_file_too_is_refused(configured: RealDaemon) -> None:
+    configured.start()
+    assert configured.stop() == 0
+    os.link(configured.paths.lock, configured.base / "second-name")
+    refused = configured.fail_to_start()
+    assert refused.returncode == 5
+    assert "is not this daemon's own file" in refused.stderr
+
+
+def test_sigterm_while_sessions_start_ends_them_all(configured: RealDaemon) -> None:
+    configured.agent("worker", "sleep 300")
+    configured.start()
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            client = stack.enter_context(configured.client())
+            client.submit("session.start", agent="worker")
+        assert configured.stop() == 0
+    configured.start()
+    rows = configured.call("session.list", all=True)["sessions"]
+    assert {row["state"] for row in rows} <= {"ended"}
+    assert "the daemon died" not in {row["reason"] for row in rows}
+
+
+def test_further_signals_while_stopping_change_nothing(configured: RealDaemon) -> None:
+    configured.agent("stubborn", "trap '' TERM; while :; do sleep 0.1; done")
+    configured.start()
+    configured.call("session.start", agent="stubborn")
+    assert configured.process is not None
+    configured.process.send_signal(signal.SIGTERM)
+    until(lambda: "stopping" in configured.log.read_text())
+    for further in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        configured.process.send_signal(further)
+    assert configured.process.wait(timeout=60) == 0
+    configured.start()
+    (row,) = configured.call("session.list", all=True)["sessions"]
+    assert row["reason"] == "the daemon stopped"
+
+
+@pytest.mark.parametrize("name", ["agents/x.yaml", "tools/x/tool.yaml", "sandboxd.yaml"])
+def test_a_directory_where_a_file_belongs_is_refused_by_a_reload(
+    configured: RealDaemon, name: str
+) -> None:
+    configured.agent("old", "true")
+    configured.start()
+    (configured.paths.config / name).mkdir(parents=True)
+    assert configured.process is not None
+    configured.process.send_signal(signal.SIGHUP)
+    until(lambda: configured.audit()[-1]["event"] == "daemon.reload_refused")
+    assert "expected a regular file" in configured.audit()[-1]["problem"]
+    assert configured.run("old").returncode == 0
+
+
+def test_settings_that_wait_for_the_next_start_are_told(configured: RealDaemon) -> None:
+    configured.start()
+    configured.write("sandboxd.yaml", "version: 1\nmax_concurrent_calls: 3\nmax_sessions: 5\n")
+    warnings = configured.call("reload")["warnings"]
+    assert [w for w in warnings if "max_concurrent_calls takes effect at the next start" in w]
+    assert not [w for w in warnings if "max_sessions" in w]
+
+
+def test_a_stranger_is_refused_and_recorded(configured: RealDaemon) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can speak as somebody else")
+    configured.start()
+    # The socket's mode keeps strangers out; opened wide, the peer's credentials still do.
+    configured.paths.admin_socket.chmod(0o666)
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", STRANGER, str(configured.paths.admin_socket)],
+        user=64126,
+        group=64126,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "may not administer this sandboxd" in done.stdout
+    refused = configured.audit()[-1]
+    assert (refused["event"], refused["uid"]) == ("admin.refused", 64126)
+
+
+STRANGER = """
+import socket, sys
+peer = socket.socket(socket.AF_UNIX)
+peer.connect(sys.argv[1])
+peer.sendall(b'{"jsonrpc":"2.0","id":1,"method":"status","params":{}}\\n')
+print(peer.recv(65536).decode())
+"""

@@ -11,6 +11,7 @@ import pytest
 from real_daemon import RealDaemon, until
 
 from sandboxd.errors import Conflict, Denied, KernelError, NotFound
+from sandboxd.isolation import landlock
 
 
 def output(daemon: RealDaemon, session: str) -> bytes:
@@ -197,12 +198,71 @@ def test_a_policy_that_requires_what_is_not_there_starts_nothing(configured: Rea
         "policies/demanding.yaml",
         """
         version: 1
-        description: asks for more than there is
-        require: [seccomp]
+        description: lets agents share a network that it requires to be their own
+        network: host
+        agent_network: host
+        require: [network_namespace, mount_namespace]
         rules: []
         """,
     )
     configured.agent("careful", "true", policy="demanding")
+    configured.agent("careless", "true", policy="demanding", network="host")
     configured.start()
-    with pytest.raises(Denied, match="seccomp"):
-        configured.call("session.start", agent="careful")
+    with pytest.raises(Denied, match=r"would not have: network_namespace$"):
+        configured.call("session.start", agent="careless")
+    configured.call("session.start", agent="careful")
+
+
+def test_a_session_tells_of_landlock_and_seccomp_and_a_policy_can_require_them(
+    configured: RealDaemon,
+) -> None:
+    configured.write(
+        "policies/walled.yaml",
+        """
+        version: 1
+        description: wants both walls behind the namespaces
+        require: [landlock, seccomp]
+        rules: []
+        """,
+    )
+    configured.agent("plain", "sleep 300")
+    configured.agent("walled", "grep Seccomp: /proc/self/status", policy="walled")
+    configured.start()
+    session = configured.call("session.start", agent="plain")["id"]
+    shown = configured.call("session.show", id=session)["isolation"]
+    state = {layer["layer"]: layer["state"] for layer in shown}
+    abi = landlock.best_abi()
+    assert (state["landlock"], state["seccomp"]) == ("on" if abi else "missing", "on")
+    if abi:
+        assert configured.run("walled").stdout == "Seccomp:\t2\n"
+        (remark,) = (layer["remark"] for layer in shown if layer["layer"] == "landlock")
+        assert remark.startswith(f"ABI {abi}: reading, writing and running files")
+    else:
+        with pytest.raises(Denied, match=r"would not have: landlock$"):
+            configured.call("session.start", agent="walled")
+
+
+def test_the_limit_on_sessions_holds_for_requests_at_once(configured: RealDaemon) -> None:
+    configured.write("sandboxd.yaml", "version: 1\nmax_sessions: 2\n")
+    configured.agent("worker", "sleep 300")
+    configured.start()
+    with configured.client() as client:
+        requests = [client.submit("session.start", agent="worker") for _ in range(8)]
+        results = []
+        for request in requests:
+            try:
+                results.append(client.result(request)["id"])
+            except Conflict:
+                results.append(None)
+    assert len([r for r in results if r]) == 2
+    assert len(configured.call("session.list", all=False)["sessions"]) == 2
+
+
+def test_a_stop_whose_operator_leaves_still_happens(configured: RealDaemon) -> None:
+    configured.agent("stubborn", "trap '' TERM; while :; do sleep 0.1; done")
+    configured.start()
+    started = configured.call("session.start", agent="stubborn")
+    with configured.client() as client:
+        client.submit("session.stop", id=started["id"], grace=1)
+        until(lambda: configured.call("session.list", all=False)["sessions"][0]["reason"] != "")
+    assert configured.call("session.wait", id=started["id"])["signal"] == signal.SIGKILL

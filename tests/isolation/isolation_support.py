@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 
-from sandboxd.isolation.client import Exit, Launcher, Process
+from sandboxd.isolation.client import Exit, Launcher, Process, open_launcher
 from sandboxd.isolation.runtime import python_mounts
 from sandboxd.isolation.wire import LaunchSpec
 
@@ -122,6 +123,28 @@ class Running:
         await self._err.aclose()
         if self._stdin >= 0:
             os.close(self._stdin)
+
+
+@asynccontextmanager
+async def changed_launcher(change: str) -> AsyncIterator[Box]:
+    """A box whose launcher has run ``change`` first: a layer less, or what an older kernel has.
+
+    It runs as whoever runs the tests.
+    """
+    boot = f"""
+import sys
+sys.path.append(sys.argv[2])
+from sandboxd.isolation import kernel, landlock, launcher, sandbox, seccomp
+{change}
+launcher.main()
+"""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        fd = theirs.fileno()
+        argv = [sys.executable, "-I", "-S", "-c", boot, str(fd), str(Path(__file__).parents[2])]
+        await trio.run_process(argv, pass_fds=[fd], env={})
+    async with open_launcher(ours) as launcher:
+        yield Box(launcher)
 
 
 class Box:

@@ -17,7 +17,7 @@ import errno
 import socket
 from dataclasses import dataclass
 
-__all__ = ["ALLOWED", "CONDITIONAL", "LAST", "REFUSED_WITH", "Rule", "Test"]
+__all__ = ["ALLOWED", "ALLOWED_IF", "BUILDING", "FREQUENT", "LAST", "REFUSED_IF", "Test"]
 
 #: The last system call that this list knows (futex_requeue, Linux 6.7). Since 5.1 new ones have
 #: the same number on every architecture.
@@ -28,9 +28,9 @@ access chdir chmod chown chown32 close close_range copy_file_range creat dup dup
 faccessat2 fadvise64 fadvise64_64 arm_fadvise64_64 fallocate fchdir fchmod fchmodat fchmodat2
 fchown fchown32 fchownat fcntl fcntl64 fdatasync fgetxattr flistxattr flock fremovexattr fsetxattr
 fstat fstat64 fstatat64 fstatfs fstatfs64 fsync ftruncate ftruncate64 futimesat getcwd getdents
-getdents64 getxattr inotify_add_watch inotify_init inotify_init1 inotify_rm_watch lchown lchown32
-lgetxattr link linkat listxattr llistxattr _llseek lremovexattr lseek lsetxattr lstat lstat64
-mkdir mkdirat mknod mknodat newfstatat oldfstat oldlstat oldstat open openat openat2 pread64
+getdents64 getxattr inotify_add_watch inotify_init inotify_init1 inotify_rm_watch ioctl lchown
+lchown32 lgetxattr link linkat listxattr llistxattr _llseek lremovexattr lseek lsetxattr lstat
+lstat64 mkdir mkdirat mknod mknodat newfstatat oldfstat oldlstat oldstat open openat openat2 pread64
 preadv preadv2 pwrite64 pwritev pwritev2 read readahead readdir readlink readlinkat readv
 removexattr rename renameat renameat2 rmdir sendfile sendfile64 setxattr splice stat stat64 statfs
 statfs64 statx symlink symlinkat sync sync_file_range arm_sync_file_range syncfs tee truncate
@@ -46,7 +46,7 @@ timerfd_settime timerfd_settime64
 """
 _NETWORK = """
 accept accept4 bind connect getpeername getsockname getsockopt listen recv recvfrom recvmmsg
-recvmmsg_time64 recvmsg send sendmmsg sendmsg sendto setsockopt shutdown
+recvmmsg_time64 recvmsg send sendmmsg sendmsg sendto setsockopt shutdown socketcall
 """
 _MEMORY = """
 brk madvise map_shadow_stack membarrier memfd_create mincore mlock mlock2 mlockall mmap mmap2
@@ -103,66 +103,65 @@ ALLOWED = frozenset(
 )
 
 
+_BUILDING = """
+fsconfig fsmount fsopen keyctl mount mount_setattr move_mount open_tree pivot_root sethostname
+setns umount2 unshare
+"""
+#: What only the launcher needs, to build a sandbox, and what a built sandbox is answered. A C
+#: library that is told EPERM for clone3 gives up, with ENOSYS it uses clone.
+BUILDING = dict.fromkeys(_BUILDING.split(), errno.EPERM) | {"clone3": errno.ENOSYS}
+
+
 @dataclass(frozen=True)
 class Test:
-    """Whether an argument, cut to its low 32 bits and ``mask``, is one of ``values``.
+    """An argument, cut to ``mask``, equals ``value``.
 
-    The kernel takes all of these as 32-bit numbers, so what a caller leaves in the upper half
-    must not change the verdict.
+    The kernel takes all of these arguments as 32-bit numbers, so what a caller leaves in the
+    upper half must not change the verdict.
     """
 
     argument: int
-    values: tuple[int, ...]
+    value: int
     mask: int = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A call that depends on its arguments.
-
-    ``any_of`` are alternatives, each a chain of tests that all have to hold. Where one does the
-    call is allowed (or refused, when ``refuse``); otherwise the opposite. Refusal is ``error``.
-    """
-
-    any_of: tuple[tuple[Test, ...], ...]
-    error: int = errno.EPERM
-    refuse: bool = False
-
-
-_TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
+_STREAM_OR_DATAGRAM = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}; NEWTIME is clone3's
-_NETLINK_ROUTE = 0
 
-#: Allowed depending on their arguments, the most frequent first. These are the only ones for
-#: which the kernel runs the filter at all (since 5.11 it remembers the others' verdict), so the
-#: filter begins with them.
-CONDITIONAL: dict[str, Rule] = {
-    # TIOCSTI types into the terminal, TIOCLINUX pastes; TIOCSETD loads line disciplines.
-    "ioctl": Rule(((Test(1, (_TIOCSTI, _TIOCLINUX, _TIOCSETD)),),), refuse=True),
-    # Threads and processes, but no namespace. clone3 hides its flags in memory: see REFUSED_WITH.
-    "clone": Rule(((Test(0, (0,), _NEW_NAMESPACES),),)),
-    # Local sockets; TCP, UDP and ICMP's echo (protocols below 64: no SCTP, L2TP, MPTCP, SMC);
-    # the netlink family that getifaddrs(3) reads from.
-    "socket": Rule(
-        (
-            (Test(0, (socket.AF_UNIX,)),),
-            (
-                Test(0, (socket.AF_INET, socket.AF_INET6)),
-                Test(1, (socket.SOCK_STREAM, socket.SOCK_DGRAM), 0xF),
-                Test(2, (0,), ~63 & 0xFFFFFFFF),
-            ),
-            (Test(0, (socket.AF_NETLINK,)), Test(2, (_NETLINK_ROUTE,))),
+#: Allowed where one of these alternatives holds as a whole.
+ALLOWED_IF: dict[str, tuple[tuple[Test, ...], ...]] = {
+    # Threads and processes, but no namespace. clone3 hides its flags in memory.
+    "clone": ((Test(0, 0, _NEW_NAMESPACES),),),
+    # Local sockets; TCP, UDP and ICMP's echo (protocols below 64: no SCTP, L2TP, MPTCP, SMC; no
+    # other types: no raw ones, DCCP, SCTP); of netlink what getifaddrs(3) asks, NETLINK_ROUTE.
+    "socket": (
+        (Test(0, socket.AF_UNIX),),
+        *(
+            (Test(0, family), Test(1, kind, 0xF), Test(2, 0, 0xFFFFFFC0))
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for kind in _STREAM_OR_DATAGRAM
         ),
-        error=errno.EAFNOSUPPORT,
+        (Test(0, socket.AF_NETLINK), Test(2, 0)),
     ),
-    "socketpair": Rule(((Test(0, (socket.AF_UNIX,)),),), error=errno.EAFNOSUPPORT),
-    # One number for all socket calls, with their arguments in memory where no filter can look:
-    # 32-bit x86 programs that make sockets this way (1: socket, 8: socketpair) get none.
-    "socketcall": Rule(((Test(0, (1, 8)),),), error=errno.EAFNOSUPPORT, refuse=True),
+    "socketpair": ((Test(0, socket.AF_UNIX),),),
     # PER_LINUX, PER_LINUX32 and the query; nothing that weakens address randomisation.
-    "personality": Rule(((Test(0, (0, 8, 0xFFFFFFFF)),),)),
+    "personality": tuple((Test(0, persona),) for persona in (0, 8, 0xFFFFFFFF)),
 }
 
-#: Refused with something else than EPERM. A C library that is told EPERM for clone3 gives up,
-#: with ENOSYS it uses clone.
-REFUSED_WITH: dict[str, int] = {"clone3": errno.ENOSYS}
+_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+_TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
+
+#: Refused with an error where one of these holds, whatever else allows it.
+REFUSED_IF: dict[str, tuple[int, tuple[Test, ...]]] = {
+    # TIOCSTI types into the terminal, TIOCLINUX pastes; TIOCSETD loads line disciplines.
+    "ioctl": (errno.EPERM, tuple(Test(1, n) for n in (_TIOCSTI, _TIOCLINUX, _TIOCSETD))),
+    # Already refused above: this gives the error that a kernel without the family gives.
+    "socket": (errno.EAFNOSUPPORT, tuple(Test(0, f) for f in range(64) if f not in _FAMILIES)),
+    # One number for all socket calls of 32-bit x86, with their arguments in memory where no
+    # filter can look. Programs that make sockets this way (1: socket, 8: socketpair) get none.
+    "socketcall": (errno.EAFNOSUPPORT, (Test(0, 1), Test(0, 8))),
+}
+
+#: Whose verdict depends on their arguments, the most frequent first. The kernel remembers the
+#: verdict on the others (since 5.11) and runs the filter for these only, so they come first.
+FREQUENT = ("ioctl", "clone", "socket", "socketpair")
