@@ -138,7 +138,7 @@ class Launcher:
         memfd = sealed_memfd(data)
         try:
             fds = (memfd, stdin, stdout, stderr, *extra)
-            if spec.template and template_suits(spec):
+            if spec.template and template_suits(spec, fds[1:]):
                 return await self._launch_in_template(spec, fds)
             async with self._starting:
                 process = self._new_process(spec)

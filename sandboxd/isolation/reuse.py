@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Sequence
 
 from sandboxd.isolation.wire import FIRST_HIGH_FD, MAX_FDS, LaunchSpec, lasting_part
 
@@ -13,13 +15,16 @@ __all__ = ["template_key", "template_suits"]
 _LEAST_MEMORY = 48 << 20
 _LEAST_PROCESSES = 4
 _LEAST_FILES = 64
+_NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 
 
-def template_suits(spec: LaunchSpec) -> bool:
+def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
     """Whether a template can give ``spec`` all that a sandbox made for it alone would.
 
     Not where it needs a terminal, limits too small for the template itself, files outside /run,
-    or mounts where a call's own memory or files go.
+    or mounts where a call's own memory or files go; nor where a program could open one of its
+    ``streams`` again (proc(5), /proc/PID/fd) that is a file or a device of the host, for a template
+    is restricted before it gets them.
     """
     limits = spec.limits
     files = limits.open_files
@@ -32,12 +37,26 @@ def template_suits(spec: LaunchSpec) -> bool:
         or 0 < limits.file_size < largest
         or not all(file.path.startswith("/run/") for file in spec.files)
         or len({file.path for file in spec.files}) < len(spec.files)
+        or not all(_needs_no_path(fd) for fd in streams)
     ):
         return False
     private = {"/tmp", "/home", f"/home/{spec.user}"}  # noqa: S108 - the sandbox's own
     taken = {"dev", "run"} if spec.files else {"dev"}
     targets = ["/" + mount.target.strip("/") for mount in spec.mounts]
     return not any(target in private or target.split("/")[1] in taken for target in targets)
+
+
+def _needs_no_path(fd: int) -> bool:
+    """Whether ``fd`` is a pipe, a socket, /dev/null, or a file that is in no directory (a memfd)."""
+    try:
+        there = os.fstat(fd)
+    except OSError:
+        return False  # to be told by who passes it on
+    if stat.S_ISCHR(there.st_mode):
+        return there.st_rdev == _NULL
+    if stat.S_ISREG(there.st_mode):
+        return there.st_nlink == 0
+    return stat.S_ISFIFO(there.st_mode) or stat.S_ISSOCK(there.st_mode)
 
 
 def template_key(spec: LaunchSpec) -> str:

@@ -178,6 +178,11 @@ class _Template:
             os.chdir(self.spec.cwd)
         except OSError as failure:
             raise KernelError("chdir", failure.errno or 0, self.spec.cwd) from None
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        # Of the streams to come only this one could be opened again, and so needs a rule.
+        restrict(self.spec, [null])
+        os.close(null)
+        self.keyrings = spawn.has_keyrings()
         self.meter.mark()
         total = self.meter.cpu()
         self.used = (
@@ -217,8 +222,6 @@ class _Template:
                 while start < end:
                     start += os.write(fd, spec.view[start:end])
                 os.close(fd)
-            restrict(self.spec, launch.fds[1:])
-            self.keyrings = spawn.has_keyrings()
             base = spec.address
             argv = [base + start for start, _ in own.argv]
             env = [base + start for start, _, _ in own.env]
