@@ -62,8 +62,9 @@ def _start(arguments: argparse.Namespace) -> int:
     harden()
     launcher = fork_launcher()
 
-    from sandboxd.daemon import Boot, run
+    from sandboxd.daemon import run
     from sandboxd.policy import load_settings
+    from sandboxd.running import Boot
     from sandboxd.vault.custody import load_master_key
 
     _check_directory(paths.config, "configuration", "sandboxctl init")

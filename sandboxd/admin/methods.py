@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.variable_methods import VariableMethods
 from sandboxd.policy import decide
+from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
-
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
 
 __all__ = ["Methods"]
 
@@ -33,6 +32,7 @@ class Methods:
         return {
             **VariableMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
+            **ChangeMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,

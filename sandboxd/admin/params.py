@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
 from sandboxd.errors import Invalid, NotFound
 from sandboxd.names import agent_slug, shown
 from sandboxd.policy import Agent
-
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
+from sandboxd.running import Daemon
 
 __all__ = ["bounded", "iso", "known_agent", "param", "slug", "strings", "thread"]
 

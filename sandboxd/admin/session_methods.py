@@ -6,7 +6,7 @@ import base64
 import signal
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -14,6 +14,7 @@ from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, NotFound
 from sandboxd.names import session_id, shown
+from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 from sandboxd.sessions.manager import GRACE_SECONDS, Request
 from sandboxd.sessions.output import read_log
@@ -21,10 +22,7 @@ from sandboxd.sessions.session import Session
 from sandboxd.sessions.usage import usage
 from sandboxd.vault.store import SessionRecord
 
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
-
-__all__ = ["SessionMethods"]
+__all__ = ["SessionMethods", "find_record"]
 
 
 class SessionMethods:
@@ -84,7 +82,7 @@ class SessionMethods:
                         "reason": live.ending.reason,
                     }
                 )
-        record = await self._record(id)
+        record = await find_record(self._daemon, id)
         return Reply(
             {
                 "exit_code": record.exit_code,
@@ -106,11 +104,12 @@ class SessionMethods:
         try:
             session = self._daemon.sessions.get(id)
         except NotFound:
-            record = await self._record(id)
+            record = await find_record(self._daemon, id)
             return Reply(
                 {
                     **_record_row(record),
                     "workspace": record.workspace,
+                    **self._changes(record.id),
                     "variables": dict(record.variables),
                     "network": None,
                     "isolation": [],
@@ -127,6 +126,7 @@ class SessionMethods:
                     "cpu_seconds": used.cpu,
                 },
                 "workspace": str(session.workspace or ""),
+                **self._changes(session.id),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
                 "network": session.terms.network,
                 "isolation": layers(session.terms.network, self._daemon.launcher),
@@ -168,21 +168,16 @@ class SessionMethods:
         try:
             id = self._daemon.sessions.get(id).id
         except NotFound:
-            id = (await self._record(id)).id
+            id = (await find_record(self._daemon, id)).id
         directory = self._daemon.boot.paths.logs / id
         recorder = self._daemon.sessions.recorder(id)
         async for chunk in read_log(directory, recorder, follow=bool(params.get("follow"))):
             yield {"data": base64.b64encode(chunk).decode()}
 
-    async def _record(self, id: str) -> SessionRecord:
-        records = await thread(partial(self._daemon.vault.sessions, include_ended=True))
-        found = [r for r in records if r.id == id or (id and r.id.startswith(id))]
-        if len(found) != 1:
-            raise NotFound(
-                f"no session {shown(id)}" if not found else f"{shown(id)} is ambiguous",
-                hint="see: sandboxctl session list --all",
-            )
-        return found[0]
+    def _changes(self, id: str) -> dict[str, Any]:
+        """What became of the changes of a copy-on-write workspace; None where it was none."""
+        layers = self._daemon.sessions.changes.state(id)
+        return {"changes": None if layers is None else layers.state}
 
     def _live_row(self, session: Session) -> dict[str, Any]:
         return {
@@ -200,6 +195,18 @@ class SessionMethods:
             "calls_running": self._daemon.calls.running(session.id),
             "lowered": list(session.terms.lowered),
         }
+
+
+async def find_record(daemon: Daemon, id: str) -> SessionRecord:
+    """A session, live or ended, by its id or an unambiguous beginning of it. NotFound otherwise."""
+    records = await thread(partial(daemon.vault.sessions, include_ended=True))
+    found = [r for r in records if r.id == id or (id and r.id.startswith(id))]
+    if len(found) != 1:
+        raise NotFound(
+            f"no session {shown(id)}" if not found else f"{shown(id)} is ambiguous",
+            hint="see: sandboxctl session list --all",
+        )
+    return found[0]
 
 
 def _record_row(record: SessionRecord) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
@@ -15,10 +15,8 @@ from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, SandboxdError
 from sandboxd.names import shown, variable_name
+from sandboxd.running import Daemon
 from sandboxd.secret import Secret
-
-if TYPE_CHECKING:
-    from sandboxd.daemon import Daemon
 
 __all__ = ["VariableMethods"]
 

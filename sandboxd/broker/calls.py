@@ -67,6 +67,11 @@ class Session(Protocol):
     @property
     def workspace(self) -> Path | None: ...
     @property
+    def overlay(self) -> int:
+        """The mount namespace of the workspace's copy-on-write view, or -1."""
+        ...
+
+    @property
     def uid(self) -> int: ...
 
 
@@ -327,15 +332,19 @@ class Calls:
         assert tool is not None  # an allowed decision has one
         await trio.to_thread.run_sync(check_program, tool)
         unsealed = await self._unseal(chosen)
-        uid = self._uids.acquire(live.session.id, tool.name)
+        session = live.session
+        # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
+        shares = session.overlay >= 0 and decision.workspace != "none"
+        uid = session.uid if shares else self._uids.acquire(session.id, tool.name)
         try:
             prepared = prepare(
                 decision,
                 unsealed,
                 call=live.id,
                 uid=uid,
-                workspace=live.session.workspace,
-                template=live.session.id,
+                workspace=session.workspace,
+                overlay=shares,
+                template=session.id,
             )
             ended = trio.CancelScope()
             live.capture = Capture(
@@ -348,8 +357,8 @@ class Calls:
             ended.deadline = trio.current_time() + decision.timeout
             await self._attend(live, prepared, live.capture, ended)
         finally:
-            if not live.alive:  # else something may still run as it
-                self._uids.release(uid, live.session.id, tool.name)
+            if not live.alive and not shares:  # else something may still run as it
+                self._uids.release(uid, session.id, tool.name)
         if live.exit is None:
             raise Unavailable(
                 f"its processes would not die in {_REAP:g} s",
@@ -392,7 +401,10 @@ class Calls:
                     stdin=descriptors.standard_input(prepared, given),
                     stdout=stdout_end,
                     stderr=stderr_end,
-                    extra=[descriptors.memory(data, given) for data in prepared.descriptors],
+                    extra=[
+                        *(descriptors.memory(data, given) for data in prepared.descriptors),
+                        *([live.session.overlay] if prepared.spec.brings_namespace else ()),
+                    ],
                 )
             live.alive = True
             nursery.start_soon(capture.report)

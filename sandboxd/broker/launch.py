@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandboxd.errors import Invalid
+from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import python_argv, python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
@@ -55,9 +56,13 @@ def prepare(
     call: str,
     uid: int,
     workspace: Path | None,
+    overlay: bool = False,
     template: str = "",
 ) -> Prepared:
     """What to launch for an allowed ``decision``, from sandboxes kept ready for ``template``.
+
+    ``overlay``: the workspace is the session's copy-on-write view, whose mount namespace the
+    launch brings along.
 
     Raises Invalid when the kernel could not take the environment and arguments (execve(2)).
     """
@@ -93,7 +98,7 @@ def prepare(
         network=decision.network,
         hostname=tool.name.replace("_", "-"),
         user=_USER,
-        mounts=_mounts(tool, workspace, access),
+        mounts=_mounts(tool, workspace, access, overlay=overlay),
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=_limits(decision),
@@ -108,7 +113,9 @@ def _argv(tool: Tool, decision: Decision) -> tuple[bytes, ...]:
     return (*start, *(argument.encode() for argument in decision.argv))
 
 
-def _mounts(tool: Tool, workspace: Path | None, access: str) -> tuple[MountSpec, ...]:
+def _mounts(
+    tool: Tool, workspace: Path | None, access: str, *, overlay: bool
+) -> tuple[MountSpec, ...]:
     """The tool's own folder, its interpreter, what the manifest mounts, and the workspace."""
     mounts = [MountSpec(str(tool.directory), str(tool.directory))]
     if tool.runtime == "python":
@@ -125,7 +132,11 @@ def _mounts(tool: Tool, workspace: Path | None, access: str) -> tuple[MountSpec,
                 idmap=mount.mode == "rw",
             )
         )
-    if workspace is not None and access != "none":
+    if access == "overlay" and not overlay:
+        raise Invalid("the session has no copy-on-write workspace to share")
+    if overlay and access != "none":
+        mounts.append(MountSpec(MERGED, _WORKSPACE, readonly=access == "ro", shared=True))
+    elif workspace is not None and access != "none":
         mounts.append(MountSpec(str(workspace), _WORKSPACE, readonly=access == "ro", idmap=True))
     return tuple(mounts)
 

@@ -97,4 +97,8 @@ def _injected(item: dict[str, Any]) -> str:
 
 
 def _layer(layer: Any) -> str:
-    return f"{layer['layer']}: {layer['state']}" if isinstance(layer, dict) else str(layer)
+    """One layer of isolation, with the reason where it isn't on."""
+    if not isinstance(layer, dict):
+        return str(layer)
+    remark = f" ({layer['remark']})" if layer["state"] != "on" and layer.get("remark") else ""
+    return f"{layer['layer']}: {layer['state']}{remark}"

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from sandboxd.cli import output
+from sandboxd.cli import changes, output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
 from sandboxd.errors import Invalid
@@ -93,6 +93,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("-f", "--follow", action="store_true", help="until the session ends")
     parser.add_argument("--raw", action="store_true", help="every byte as it is, on a terminal too")
+    changes.add(nouns)
 
 
 def start(args: argparse.Namespace) -> int:
@@ -150,6 +151,7 @@ def show(args: argparse.Namespace) -> int:
             ("started", f"{output.when(got['started_at'])} by {got['by']}"),
             ("ended", output.when(got["ended_at"], never="-")),
             ("workspace", got.get("workspace") or "none"),
+            *([("changes", got["changes"])] if got.get("changes") else []),
             ("network", got.get("network") or "-"),
             ("tools", got.get("tools") or []),
             ("variables", [f"{name} (version {number})" for name, number in variables.items()]),
@@ -213,7 +215,11 @@ def _signal_name(number: int) -> str:
 
 
 def _layer(layer: Any) -> str:
-    return f"{layer['layer']}: {layer['state']}" if isinstance(layer, dict) else str(layer)
+    """One layer of isolation, with the reason where it isn't on."""
+    if not isinstance(layer, dict):
+        return str(layer)
+    remark = f" ({layer['remark']})" if layer["state"] != "on" and layer.get("remark") else ""
+    return f"{layer['layer']}: {layer['state']}{remark}"
 
 
 def _visible(data: bytes) -> bytes:

@@ -49,7 +49,7 @@ _CAP_SYS_ADMIN = 21
 _SO_PEERPIDFD = 77
 # Numbers above 424 are the same everywhere (include/uapi/asm-generic/unistd.h).
 _SYS_CLONE3, _SYS_LANDLOCK_CREATE_RULESET = 435, 444
-_SYS_UNAME = {"x86_64": 63, "aarch64": 160, "riscv64": 160}
+_SYS_UNAME = {"x86_64": 63, "aarch64": 160}  # where sandboxd/isolation/filters has programs
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long

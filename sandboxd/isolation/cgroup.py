@@ -184,6 +184,10 @@ class Cgroup:
                 with contextlib.suppress(KernelError):
                     place.write(f"{self._name}/cgroup.kill", b"1")
 
+    def exists(self) -> bool:
+        """Whether nobody has removed any of it meanwhile."""
+        return all(os.access(self._name, os.F_OK, dir_fd=place.lock) for place in self._places)
+
     def usage(self) -> Usage:
         """What it used so far. What can't be read is left out."""
         cpu: int | None = None

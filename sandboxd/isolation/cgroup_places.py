@@ -218,7 +218,7 @@ def _own_group(home: str, *, unified: bool) -> Place:
             _remove_leftover(f"{home}/{entry}")
     for _ in range(100):
         path = f"{home}/{_PREFIX}{os.urandom(6).hex()}"
-        os.mkdir(path, 0o755)
+        os.mkdir(path, 0o700)  # nobody else may take the lock
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -276,7 +276,8 @@ def _family() -> Iterator[int]:
     pid = int(os.readlink("/proc/self"))
     while pid > 0:
         yield pid
-        pid = int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[1] or 0)
+        fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+        pid = int(fields[1]) if len(fields) > 1 else 0
 
 
 def _processes(path: str) -> list[int]:

@@ -124,13 +124,15 @@ class Launcher:
     ) -> Process:
         """Start a sandbox; returns once its program runs.
 
-        The descriptors stay the caller's to close. Raises KernelError naming the system call and
-        path that failed, or Unavailable when the launcher is gone. A cancelled launch is killed.
+        ``extra`` holds the descriptors for ``spec.extra_fds`` and, where the spec has shared
+        mounts, their mount namespace. All stay the caller's to close. Raises KernelError naming
+        the system call and path that failed, or Unavailable when the launcher is gone. A cancelled
+        launch is killed.
         """
         check_spec(spec)
         if self.privileged and spec.uid == 0:
             raise Invalid("a sandbox never runs as root")
-        if len(extra) != len(spec.extra_fds):
+        if len(extra) != len(spec.extra_fds) + spec.brings_namespace:
             raise Invalid("a launch needs one descriptor for each of its extra_fds")
         data = encode_spec(spec)
         if len(data) > MAX_SPEC:

@@ -41,7 +41,7 @@ _MAX_OPEN_FILES = 65536
 #: How long to wait at the end for killed sandboxes, so that their cgroups can go; and how long
 #: until the next try where a cgroup is still busy.
 _ENDING_LIMIT = 3.0
-_BUSY_PAUSE = 0.02
+_BUSY_PAUSE = 0.1
 
 
 def fork_launcher() -> socket.socket:
@@ -153,6 +153,7 @@ class _Sandbox:
     report: int
     cgroup: Cgroup | None
     started: bool = False
+    watched: bool = False  # for running out of memory (v1)
     oom: bool = False
     last: Frame | None = None  # FAILED or EXITED, told once every process has gone
 
@@ -302,6 +303,7 @@ class _Launcher:
             self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._on_exit(sandbox))
             if group is not None and group.oom >= 0:
                 on_oom = partial(self._on_oom, sandbox)
+                sandbox.watched = True
                 self.selector.register(group.oom, selectors.EVENT_READ, on_oom)
             if ends:
                 self._send(Frame(Kind.STARTED, number), ends[0].fileno(), pidfd)
@@ -363,7 +365,7 @@ class _Launcher:
         group = sandbox.cgroup
         if group is None:
             return Usage()
-        if group.oom >= 0 and not sandbox.oom:
+        if sandbox.watched:
             self.selector.unregister(group.oom)
         used = group.usage()
         group.close()
@@ -374,10 +376,13 @@ class _Launcher:
 
         The end of the others can come first, and then the kernel kills, and counts, none itself.
         """
-        assert sandbox.cgroup is not None
-        sandbox.oom = True
-        self.selector.unregister(sandbox.cgroup.oom)
-        self._signal(sandbox.number, signal.SIGKILL)
+        group = sandbox.cgroup
+        assert group is not None
+        self.selector.unregister(group.oom)
+        sandbox.watched = False
+        if group.exists():  # its removal by somebody else is told by the same event
+            sandbox.oom = True
+            self._signal(sandbox.number, signal.SIGKILL)
 
     def _signal(self, number: int, signum: int) -> None:
         sandbox = self.sandboxes.get(number)

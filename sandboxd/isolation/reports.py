@@ -81,6 +81,8 @@ def _hint(call: str, code: int, path: str) -> str:
         return f"the file system of {path} has no id-mapped mounts; use a local one (ext4, xfs...)"
     if call == "idmap":
         return "give the workspace to an ordinary user: chown USER DIR"
+    if call == "setxattr" or path.startswith("overlay"):
+        return "a copy-on-write workspace can't be had here; see docs/configuration.md, workspace"
     if call in ("unshare", "write", "setns", "fsmount"):
         return "this host withholds what a sandbox needs; see: sandboxctl doctor"
     return ""

@@ -21,16 +21,18 @@ _NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
     """Whether a template can give ``spec`` all that a sandbox made for it alone would.
 
-    Not where it needs a terminal, limits too small for the template itself, files outside /run,
-    or mounts where a call's own memory or files go; nor where a program could open one of its
-    ``streams`` again (proc(5), /proc/PID/fd) that is a file or a device of the host, for a template
-    is restricted before it gets them.
+    Not where it needs a terminal, a copy-on-write workspace, limits too small for the template
+    itself, files outside /run, or mounts where a call's own memory or files go; nor where a
+    program could open one of its ``streams`` again (proc(5), /proc/PID/fd) that is a file or a
+    device of the host, for a template is restricted before it gets them.
     """
     limits = spec.limits
     files = limits.open_files
     largest = max((len(file.content) for file in spec.files), default=0)
     if (
         spec.tty
+        or spec.overlay is not None
+        or spec.brings_namespace
         or 0 < limits.memory < _LEAST_MEMORY
         or 0 < limits.processes < _LEAST_PROCESSES
         or 0 < files < (FIRST_HIGH_FD + MAX_FDS if spec.extra_fds else _LEAST_FILES)
@@ -47,7 +49,7 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
 
 
 def _needs_no_path(fd: int) -> bool:
-    """Whether ``fd`` is a pipe, a socket, /dev/null, or a file that is in no directory (a memfd)."""
+    """Whether ``fd`` is a pipe, a socket, /dev/null, or a file in no directory (a memfd)."""
     try:
         there = os.fstat(fd)
     except OSError:

@@ -20,7 +20,7 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 
-__all__ = ["DELIVERED", "Root", "memory_bounds", "private_places", "system_layout"]
+__all__ = ["DELIVERED", "Root", "memory_bounds", "mount_point", "private_places", "system_layout"]
 
 #: Below it a template's calls get their files.
 DELIVERED = "/run"
@@ -90,8 +90,8 @@ _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_
 class Root:
     """One sandbox's root directory. Call :meth:`build`, then :meth:`pivot`.
 
-    A ``lasting`` one is a template's: in place of private memory and delivered files it has empty
-    directories, on which each call mounts its own.
+    A ``lasting`` one, a template's, has empty directories for each call's own memory and files.
+    ``namespace`` is the mount namespace that the spec's shared mounts come from.
     """
 
     def __init__(
@@ -101,9 +101,11 @@ class Root:
         *,
         inside_id: int,
         privileged: bool,
+        namespace: int = -1,
         lasting: bool = False,
     ) -> None:
         self.spec, self.uid, self.inside_id, self.lasting = spec, uid, inside_id, lasting
+        self.namespace = namespace
         self.gid = uid if privileged else os.getegid()
         self.privileged = privileged
         self.fd = -1
@@ -118,14 +120,19 @@ class Root:
         directories, links = system_layout()
         paths = (*directories, *etc)
         system = [(path, tree) for path in paths if (tree := _clone_system(path)) is not None]
-        trees = [(m, tree) for m in self.spec.mounts if (tree := self._clone(m)) is not None]
+        mounts = self.spec.mounts
+        own = [None if mount.shared else self._clone(mount) for mount in mounts]
         devices = [(name, _clone_device(name)) for name in _DEVICES]
         masks = [_clone_device("null") for _ in _PROC_MASKED_FILES]
+        # Last, for it moves the root directory (to the same one, outside of a chroot).
+        copies = [
+            self._clone_shared(m) if m.shared else t for m, t in zip(mounts, own, strict=True)
+        ]
         self.fd = kernel.mount_filesystem(
             "tmpfs", _LOCKED, mode="0755", size=str(32 << 20), nr_inodes="4096"
         )
         self.memory.add(os.fstat(self.fd).st_dev)
-        kernel.move_mount(self.fd, kernel.AT_FDCWD, _mount_point())
+        kernel.move_mount(self.fd, kernel.AT_FDCWD, mount_point())
 
         # So far the tree is ours alone, and plain paths in it lead nowhere else.
         for path, tree in system:
@@ -140,8 +147,9 @@ class Root:
         self._etc()
 
         # From here on parts of it can be an agent's own files.
-        for mount, tree in trees:
-            self._place(tree, mount.target)
+        for mount, tree in zip(mounts, copies, strict=True):
+            if tree is not None:
+                self._place(tree, mount.target)
         for file in self.spec.files:
             if self.lasting:
                 self._make_directories(DELIVERED.strip("/"))
@@ -189,6 +197,14 @@ class Root:
                 path=mount.source,
             )
             os.close(userns)
+        return tree
+
+    def _clone_shared(self, mount: MountSpec) -> int:
+        """A detached copy of a mount in the namespace that the broker passed along."""
+        tree = _clone_from(self.namespace, mount.source)
+        attributes = _READONLY if mount.readonly else _LOCKED
+        attributes |= kernel.MOUNT_ATTR_NOEXEC if mount.noexec else 0
+        kernel.set_mount_attributes(tree, attributes, recursive=False, path=mount.source)
         return tree
 
     def _idmap(self, source: int, mount: MountSpec) -> int:
@@ -389,7 +405,7 @@ def system_layout() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
 
 
 @functools.cache
-def _mount_point() -> str:
+def mount_point() -> str:
     """A directory of the host to cover, in this mount namespace alone, while building."""
     for path in ("/tmp", "/run", "/mnt"):  # noqa: S108 - covered, never written
         if os.path.isdir(path) and not os.path.islink(path):
@@ -407,6 +423,20 @@ def _clone_system(path: str) -> int | None:
         raise
     kernel.set_mount_attributes(tree, _READONLY, recursive=True, path=path)
     return tree
+
+
+def _clone_from(namespace: int, path: str) -> int:
+    """A detached copy of the mount at ``path`` of another mount namespace.
+
+    Only a namespace's own mounts can be copied (open_tree(2)), so it is entered and left again.
+    """
+    own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    kernel.setns(namespace, kernel.CLONE_NEWNS)
+    try:
+        return kernel.clone_tree(kernel.AT_FDCWD, path, recursive=False, shown=path)
+    finally:
+        kernel.setns(own, kernel.CLONE_NEWNS)
+        os.close(own)
 
 
 def _clone_device(name: str) -> int:

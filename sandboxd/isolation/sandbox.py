@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
-from sandboxd.isolation import kernel, landlock, seccomp
+from sandboxd.isolation import kernel, landlock, overlay, seccomp
 from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
@@ -80,6 +80,11 @@ def enter(
             join()
         spec = _read_spec(fds[0])
         kernel.close_all_but([report, *fds[1:]])
+        if spec.overlay is not None:  # no program: what it makes is all that is wanted
+            overlay.make(spec, spec.overlay, fds[1], privileged=privileged)
+            _send(report, Frame(Kind.STARTED, number))
+            _send(report, Frame(Kind.EXITED, number))
+            os._exit(0)
         program = _start(spec, fds[1:], privileged=privileged)
         _forget(spec)
         _send(report, Frame(Kind.STARTED, number))
@@ -104,7 +109,10 @@ def setup_failed(number: int, failure: BaseException) -> Frame:
 
 def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
     """Build the sandbox around this process and start the program in it. Returns its pid."""
-    build(spec, privileged=privileged)
+    namespace = -1
+    if spec.brings_namespace:
+        *streams, namespace = streams
+    build(spec, privileged=privileged, namespace=namespace)
     restrict(spec, streams)
     try:
         os.chdir(spec.cwd)
@@ -113,7 +121,9 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
     return _spawn(spec, streams)
 
 
-def build(spec: LaunchSpec, *, privileged: bool, lasting: bool = False) -> None:
+def build(
+    spec: LaunchSpec, *, privileged: bool, namespace: int = -1, lasting: bool = False
+) -> None:
     """Put this process into namespaces and a root of its own, and make an ordinary user of it.
 
     Capabilities are left in the innermost user namespace, which owns none of the others.
@@ -123,7 +133,14 @@ def build(spec: LaunchSpec, *, privileged: bool, lasting: bool = False) -> None:
     kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
     kernel.sethostname(spec.hostname)
     kernel.join_new_keyring()
-    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged, lasting=lasting)
+    root = Root(
+        spec,
+        uid,
+        inside_id=INSIDE_ID,
+        privileged=privileged,
+        namespace=namespace,
+        lasting=lasting,
+    )
     sysctl = root.build()
     root.pivot()
     _become_user(uid, sysctl, privileged=privileged)

@@ -18,7 +18,10 @@ from typing import Any
 
 from sandboxd.errors import KernelError
 
-__all__ = ["restrict_launcher", "restrict_sandbox"]
+__all__ = ["MACHINES", "restrict_launcher", "restrict_sandbox"]
+
+#: What ``uname -m`` says where there are programs.
+MACHINES = ("x86_64", "aarch64")
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _DIRECTORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "filters")
@@ -29,16 +32,15 @@ _libc: Any = ctypes.CDLL(None, use_errno=True)
 def restrict_launcher() -> bool:
     """Filter this process and all it will start; False where this kernel or machine can't.
 
-    Needs CAP_SYS_ADMIN in its user namespace, which a launcher has. Raises KernelError when a
-    kernel that has filters refuses these.
+    Needs CAP_SYS_ADMIN in its user namespace, which a launcher has. Raises KernelError when the
+    programs are not where they were installed, or a kernel that has filters refuses these.
     """
     machine = os.uname().machine
-    programs = {name: _load(machine, name) for name in ("calls", "arguments", "built")}
-    if None in programs.values() or not _kernel_has_filters():
+    if machine not in MACHINES or not _kernel_has_filters():
         return False
     for name in ("calls", "arguments"):
-        _install(programs[name])
-    _Installed.built = programs["built"]
+        _install(_load(machine, name))
+    _Installed.built = _load(machine, "built")
     return True
 
 
@@ -65,12 +67,13 @@ class _Installed:
     built: _Program | None = None
 
 
-def _load(machine: str, name: str) -> _Program | None:
+def _load(machine: str, name: str) -> _Program:
+    path = os.path.join(_DIRECTORY, f"{machine}-{name}.bpf")
     try:
-        with open(os.path.join(_DIRECTORY, f"{machine}-{name}.bpf"), "rb") as file:
+        with open(path, "rb") as file:
             data = file.read()
-    except FileNotFoundError:
-        return None  # no filter for this kind of machine
+    except OSError as failure:
+        raise KernelError("open", failure.errno or 0, path) from None
     instructions = ctypes.create_string_buffer(data, len(data))
     header = ctypes.create_string_buffer(16)
     ctypes.c_ushort.from_buffer(header).value = len(data) // 8
@@ -84,7 +87,6 @@ def _kernel_has_filters() -> bool:
     return ctypes.get_errno() == errno.EFAULT
 
 
-def _install(program: _Program | None) -> None:
-    assert program is not None
+def _install(program: _Program) -> None:
     if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program.header, 0, 0) < 0:
         raise KernelError("prctl", ctypes.get_errno(), "PR_SET_SECCOMP")

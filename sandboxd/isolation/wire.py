@@ -31,6 +31,7 @@ __all__ = [
     "Limits",
     "Located",
     "MountSpec",
+    "OverlaySpec",
     "check_spec",
     "decode_lasting",
     "decode_spec",
@@ -112,6 +113,9 @@ class MountSpec:
     ``idmap`` makes the source's owner appear as the sandbox's user, so that files keep their
     owner on disk (mount_setattr(2), MOUNT_ATTR_IDMAP; privileged launcher only: without
     privileges both are the same user anyway).
+
+    ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
+    last descriptor, made by a launch with an :class:`OverlaySpec`.
     """
 
     source: str
@@ -120,6 +124,22 @@ class MountSpec:
     noexec: bool = False
     idmap: bool = False
     optional: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class OverlaySpec:
+    """A copy-on-write view of ``lower`` (overlayfs), made instead of running a program.
+
+    What is written goes to ``layers``/upper with ``layers``/work beside it, or, where ``layers``
+    is empty, to memory of ``size`` bytes. A descriptor of the new mount namespace, in which the
+    view is at /merged and the layers are at /layers, comes back through standard input, which
+    must be a Unix socket.
+    """
+
+    lower: str
+    layers: str = ""
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,6 +214,12 @@ class LaunchSpec:
     extra_fds: tuple[int, ...] = ()
     limits: Limits = Limits()
     template: str = ""
+    overlay: OverlaySpec | None = None
+
+    @property
+    def brings_namespace(self) -> bool:
+        """Whether the last descriptor is a mount namespace, which the program does not get."""
+        return any(mount.shared for mount in self.mounts)
 
 
 def check_spec(spec: LaunchSpec) -> None:
@@ -214,7 +240,9 @@ def check_spec(spec: LaunchSpec) -> None:
     if not _NAME.fullmatch(spec.hostname) or not _NAME.fullmatch(spec.user):
         raise Invalid("a sandbox's host and user name are letters, digits and '-', at most 32")
     targets = [mount.target for mount in spec.mounts] + [file.path for file in spec.files]
-    for path in (spec.cwd, *targets, *(mount.source for mount in spec.mounts)):
+    view = spec.overlay
+    layers = (view.lower, view.layers or "/") if view is not None else ()
+    for path in (spec.cwd, *targets, *(mount.source for mount in spec.mounts), *layers):
         if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
             raise Invalid(f"a sandbox takes absolute paths without '..', not {path!r}")
     for path in targets:
@@ -224,7 +252,7 @@ def check_spec(spec: LaunchSpec) -> None:
     extra = spec.extra_fds
     if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
         raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
-    if len(extra) > MAX_FDS - 4:
+    if len(extra) + spec.brings_namespace > MAX_FDS - 4:
         raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
     if not 0 <= spec.uid < 0xFFFFFFFF:
         raise Invalid(f"{spec.uid} is no user id")
@@ -280,8 +308,13 @@ def lasting_part(spec: LaunchSpec) -> bytes:
     out.number(len(spec.extra_fds))
     for fd in spec.extra_fds:
         out.number(fd)
-    for name in _LIMIT_FIELDS:
-        out.number(getattr(spec.limits, name))
+    for limit in _LIMIT_FIELDS:
+        out.number(getattr(spec.limits, limit))
+    out.number(spec.overlay is not None)
+    if spec.overlay is not None:
+        out.text(spec.overlay.lower)
+        out.text(spec.overlay.layers)
+        out.number(spec.overlay.size)
     return bytes(out.data)
 
 
@@ -323,6 +356,7 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         files=tuple(FileSpec(read.text(), b"", read.number()) for _ in range(read.number())),
         extra_fds=tuple(read.number() for _ in range(read.number())),
         limits=Limits(**{name: read.number() for name in _LIMIT_FIELDS}),
+        overlay=OverlaySpec(read.text(), read.text(), read.number()) if read.number() else None,
     )
     read.end()
     return spec
@@ -389,13 +423,13 @@ _LIMIT_FIELDS = (
 def _put_mount(out: _Writer, mount: MountSpec) -> None:
     out.text(mount.source)
     out.text(mount.target)
-    flags = (mount.readonly, mount.noexec, mount.idmap, mount.optional)
+    flags = (mount.readonly, mount.noexec, mount.idmap, mount.optional, mount.shared)
     out.number(sum(1 << bit for bit, on in enumerate(flags) if on))
 
 
 def _get_mount(read: _Reader) -> MountSpec:
     source, target, flags = read.text(), read.text(), read.number()
-    return MountSpec(source, target, *(bool(flags & 1 << bit) for bit in range(4)))
+    return MountSpec(source, target, *(bool(flags & 1 << bit) for bit in range(5)))
 
 
 class _Writer:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "check_settings"]
 
+#: Less would not hold the copy of one ordinary file.
+MIN_QUOTA = 1 << 20
+
 #: A host path that a sandbox gets: where the file says so, which, and whether it can write there.
 Reach = tuple[Place, Path, bool]
 
@@ -88,6 +91,7 @@ def _check_agent(
         problems.add(file, document.at(("command",)), "expected at least a program in command")
     check_environment(agent.environment, agent.allow_environment, document, problems, refuse=True)
     check_mounts(agent.mounts, document, problems)
+    _check_quota(agent, document, problems)
     seen: set[str] = set()
     for index, name in enumerate(agent.tools):
         at = document.at(("tools", index))
@@ -122,6 +126,22 @@ def _check_agent(
                 f"{name} needs network: host, and policy '{policy.name}' allows none: "
                 "every call will be denied",
             )
+
+
+def _check_quota(agent: Agent, document: Document, problems: Problems) -> None:
+    quota = agent.workspace.quota
+    if quota is None:
+        return
+    at = document.at(("workspace", "quota"))
+    if agent.workspace.mode != "overlay":
+        problems.add(
+            document.file,
+            at,
+            f"a workspace of mode {agent.workspace.mode} has no quota",
+            "only mode: overlay can hold one",
+        )
+    elif quota < MIN_QUOTA:
+        problems.add(document.file, at, "expected a quota of at least 1M")
 
 
 def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
@@ -182,7 +202,7 @@ def _check_argument(
 def _agent_places(agent: Agent) -> list[Reach]:
     places = _mount_places(agent.mounts)
     if agent.workspace.path is not None:
-        writable = agent.workspace.mode == "rw"
+        writable = agent.workspace.mode in ("rw", "overlay")  # what is reviewed may land
         places.append((("workspace", "path"), agent.workspace.path, writable))
     return places
 

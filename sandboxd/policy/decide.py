@@ -7,6 +7,7 @@ The order: the agent's own list of tools, the arguments against the manifest, th
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from sandboxd.policy.template import Refused, fill, value_text
 
 __all__ = ["Decision", "SessionTerms", "decide", "session_terms"]
 
-_ACCESS: tuple[Access, ...] = ("none", "ro", "rw")
+_ACCESS: tuple[Access, ...] = typing.get_args(Access)
 
 
 @attrs.frozen
@@ -166,7 +167,7 @@ def _allow(
     limits = tool.limits.over(TOOL_LIMITS).narrowed(policy.limits)
     narrowed = attrs.evolve(
         tool,
-        workspace=workspace,
+        workspace="rw" if workspace == "overlay" else workspace,
         limits=limits,
         timeout=min(tool.timeout, policy.timeout or tool.timeout),
         output_limit=min(tool.output_limit, policy.output_limit or tool.output_limit),

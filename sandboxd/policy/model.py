@@ -50,7 +50,8 @@ __all__ = [
 ]
 
 Network = Literal["none", "host"]
-Access = Literal["none", "ro", "rw"]
+#: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
+Access = Literal["none", "ro", "overlay", "rw"]
 Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
 
 #: What a host can be asked to have, by the names that `sandboxctl doctor` prints.
@@ -172,10 +173,14 @@ class Settings:
 
 @attrs.frozen
 class Workspace:
-    """The agent's own files, at /workspace. ``path`` None: STATE/workspaces/SLUG."""
+    """The agent's own files, at /workspace. ``path`` None: STATE/workspaces/SLUG.
+
+    ``quota``: with mode overlay, the bytes that a session may change, which are kept in memory.
+    """
 
     path: AbsolutePath | None = None
     mode: Access = "rw"
+    quota: Size | None = None
 
 
 @attrs.frozen
@@ -258,7 +263,7 @@ class Tool:
     environment: Mapping[str, str] = attrs.field(factory=_empty)
     allow_environment: Mapping[str, Line] = attrs.field(factory=_empty)
     secrets: tuple[SecretSpec, ...] = ()
-    workspace: Access = "none"
+    workspace: Literal["none", "ro", "rw"] = "none"
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
     timeout: Duration = Duration(60.0)

@@ -12,8 +12,8 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from sandboxd.paths import Paths
 from sandboxd.policy import Config
 from sandboxd.policy.decide import session_terms
 from sandboxd.sessions import streams
+from sandboxd.sessions.changes import Changes
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
 from sandboxd.sessions.session import Ending, Session
@@ -97,6 +98,8 @@ class Manager:
         self._paths, self._config, self._vault, self._audit = paths, config, vault, audit
         self._launcher, self._uids, self._serve, self._bridge = launcher, uids, serve, bridge
         self._nursery = nursery
+        #: What sessions changed in copy-on-write workspaces.
+        self.changes = Changes(paths=paths, launcher=launcher, uids=uids, audit=audit)
         self._closing = False
         self._starting = 0
         self._unwritten: list[SessionRecord] = []
@@ -257,7 +260,8 @@ class Manager:
                 undo.callback(shutil.rmtree, session.directory, ignore_errors=True)
                 await self._note_start(session)
                 try:
-                    await self._live_through(session, request, running)
+                    async with self._view(session):
+                        await self._live_through(session, request, running)
                 except BaseException as failure:
                     session.ending = session.ending or _failed_start(failure)
                     raise
@@ -271,6 +275,25 @@ class Manager:
         finally:
             session.ending = session.ending or Ending(None, None, "failed to start")
             session.ended.set()
+
+    @asynccontextmanager
+    async def _view(self, session: Session) -> AsyncIterator[None]:
+        """A copy-on-write view of the workspace for the session's length, where it has one."""
+        if session.terms.workspace != "overlay" or session.workspace is None:
+            yield
+            return
+        session.overlay = await self.changes.begin(
+            session.id,
+            session.agent.slug,
+            session.workspace,
+            quota=session.agent.workspace.quota or 0,
+            uid=session.uid,
+        )
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.changes.end(session.id)
 
     async def _live_through(
         self, session: Session, request: Request, running: Callable[[tuple[int, ...]], None]
@@ -295,7 +318,11 @@ class Manager:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
             stdin, stdout, stderr = ends.child
             session.process = await self._launcher.launch(
-                spec, stdin=stdin, stdout=stdout, stderr=stderr
+                spec,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                extra=(session.overlay,) if session.overlay >= 0 else (),
             )
             if session.stop_reason or self._closing:
                 raise Unavailable(

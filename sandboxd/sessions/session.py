@@ -44,6 +44,8 @@ class Session:
     tty: bool
     attached: bool
     started_at: float = field(default_factory=time.time)
+    #: The mount namespace that holds the copy-on-write view of the workspace; -1: there is none.
+    overlay: int = -1
     process: Process | None = None
     stop_reason: str = ""
     ending: Ending | None = None

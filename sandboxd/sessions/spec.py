@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from sandboxd.errors import Denied, Invalid
+from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
 from sandboxd.policy import Agent, Policy
@@ -25,10 +26,6 @@ SOCKET = "/run/sandboxd/broker.sock"
 BRIDGE = "/run/sandboxd/bin/sandboxd-mcp"
 
 _BRIDGE_PROGRAM = "/run/sandboxd/lib/bridge.py"
-#: A shell starts this Python, whose path may be longer than a #! line and may hold spaces.
-_BRIDGE_COMMAND = os.fsencode(
-    f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {_BRIDGE_PROGRAM} "$@"\n'
-)
 
 _TERM = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
 
@@ -83,7 +80,9 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
     if session.tty:
         environment["TERM"] = term if _TERM.fullmatch(term) else "xterm"
     mounts = [*python_mounts(), MountSpec(str(session.socket), SOCKET)]
-    if session.workspace is not None:
+    if session.overlay >= 0:
+        mounts.append(MountSpec(MERGED, WORKSPACE, readonly=False, shared=True))
+    elif session.workspace is not None:
         readonly = session.terms.workspace == "ro"
         mounts.append(MountSpec(str(session.workspace), WORKSPACE, readonly=readonly, idmap=True))
     mounts += (
@@ -100,11 +99,17 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
         tty=session.tty,
         mounts=tuple(mounts),
         files=(
-            FileSpec(BRIDGE, _BRIDGE_COMMAND, 0o555),
+            FileSpec(BRIDGE, bridge_command(sys.executable), 0o555),
             FileSpec(_BRIDGE_PROGRAM, bridge, 0o444),
         ),
         limits=launch_limits(session.terms.limits),
     )
+
+
+def bridge_command(python: str) -> bytes:
+    """The bridge as a command. A shell starts ``python``: a #! line takes no spaces and 255 bytes
+    (execve(2)), and a path may have both."""
+    return os.fsencode(f'#!/bin/sh\nexec {shlex.quote(python)} -IS {_BRIDGE_PROGRAM} "$@"\n')
 
 
 def launch_limits(limits: PolicyLimits) -> Limits:

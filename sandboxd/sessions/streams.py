@@ -47,9 +47,9 @@ class Streams:
 
 def attached() -> Streams:
     """Three pipes."""
-    in_read, in_write = os.pipe2(os.O_CLOEXEC)
-    out_read, out_write = os.pipe2(os.O_CLOEXEC)
-    err_read, err_write = os.pipe2(os.O_CLOEXEC)
+    in_read, in_write = _pipe()
+    out_read, out_write = _pipe()
+    err_read, err_write = _pipe()
     return Streams((in_read, out_write, err_write), (in_write, out_read, err_read))
 
 
@@ -65,5 +65,15 @@ def terminal(rows: int, columns: int) -> Streams:
 def recorded() -> Streams:
     """No input; output and errors as they come, into one pipe."""
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    read, write = os.pipe2(os.O_CLOEXEC)
+    read, write = _pipe()
     return Streams((null, write, write), (read,))
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe that its holders can open again by /dev/stdout and the like, whatever their uid is.
+
+    Nobody else can: it has no name but the descriptors'.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.fchmod(write, 0o666)
+    return read, write

@@ -38,6 +38,7 @@ class StandIn:
     workspace: Path | None
     uid: int
     pid: int
+    overlay: int = -1
 
 
 class Broker:

@@ -374,7 +374,8 @@ async def test_a_revoked_version_is_denied(broker: Broker) -> None:
     result = await broker.call("show", session=session)
     assert (result.outcome, result.stdout) == ("denied", b"")
     assert "revoked" in result.message
-    assert broker.records("call.ended")[-1]["outcome"] == "denied"
+    decided = broker.records("call.decided")[-1]
+    assert (decided["decision"], decided["injected"]) == ("deny", [])
     assert broker.records("call.launched") == []
 
 

@@ -131,3 +131,6 @@ def test_a_host_without_cgroups_is_told_and_what_requires_them_is_refused(
     shown = layer(configured, session)
     assert shown["state"] == "missing"
     assert shown["remark"].endswith("no cgroup file system is mounted")
+    printed = configured.ctl("session", "show", session).stdout
+    assert "cgroup: missing (limits hold for single processes: no cgroup file system" in printed
+    assert "mount namespace: on\n" in printed

@@ -340,3 +340,16 @@ peer.connect(sys.argv[1])
 peer.sendall(b'{"jsonrpc":"2.0","id":1,"method":"status","params":{}}\\n')
 print(peer.recv(65536).decode())
 """
+
+
+def test_a_changed_audit_record_is_named(configured: RealDaemon) -> None:
+    configured.agent("a", "true")
+    configured.start()
+    configured.set("a", TOKEN="a value to keep")
+    assert configured.ctl("audit", "verify").returncode == 0
+    (log,) = (path for path in configured.paths.audit.iterdir() if path.suffix == ".jsonl")
+    log.write_text(log.read_text().replace('"env.set"', '"env.sat"'))
+    done = configured.ctl("audit", "verify")
+    assert done.returncode == 7
+    assert "line 2, record 2" in done.stdout + done.stderr
+    assert "Bad(" not in done.stdout + done.stderr

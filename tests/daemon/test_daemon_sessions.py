@@ -51,6 +51,13 @@ def test_run_copies_input_output_and_errors(configured: RealDaemon) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("HELLO\n", "oops\n", 0)
 
 
+def test_an_agent_can_open_its_streams_by_name(configured: RealDaemon) -> None:
+    configured.agent("shell", "cat /dev/stdin > /dev/stdout; echo oops > /dev/stderr")
+    configured.start()
+    done = configured.run("shell", input="hello\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "oops\n", 0)
+
+
 def test_arguments_reach_only_an_agent_that_allows_them(configured: RealDaemon) -> None:
     configured.write(
         "agents/open.yaml",

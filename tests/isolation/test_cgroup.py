@@ -205,7 +205,7 @@ async def test_a_kill_is_no_lack_of_memory(grouped: Box) -> None:
 
 
 async def test_swap_is_off_and_the_group_dies_as_one(grouped: Box) -> None:
-    async with grouped.start("/bin/sleep", "60", limits=Limits(memory=64 * MIB)) as running:
+    async with grouped.start("/bin/sleep", "3600", limits=Limits(memory=64 * MIB)) as running:
         found = groups(running.process.pid)
         most = str(64 * MIB + OVERHEAD)
         if "memory" in found:
@@ -336,7 +336,7 @@ if os.fork() == 0:
 os.wait()
 print("ready", flush=True)
 signal.pause()"""
-    async with probing(grouped, code) as one, grouped.start("/bin/sleep", "60") as two:
+    async with probing(grouped, code) as one, grouped.start("/bin/sleep", "3600") as two:
         await one.ready()
         init = one.process.pid
         tree = {init, *children(init)}
@@ -351,7 +351,7 @@ signal.pause()"""
 
 
 async def test_no_cgroup_is_left_after_200_launches(grouped: Box) -> None:
-    async with grouped.start("/bin/sleep", "60") as running:
+    async with grouped.start("/bin/sleep", "3600") as running:
         places = {path.parent for path in groups(running.process.pid).values()}
 
         def count() -> int:
@@ -366,7 +366,7 @@ async def test_no_cgroup_is_left_after_200_launches(grouped: Box) -> None:
                     with pytest.raises(KernelError, match="execve"):
                         await grouped.run("/nonexistent")
                 elif number % 10 == 1:
-                    async with grouped.start("/bin/sleep", "60"):
+                    async with grouped.start("/bin/sleep", "3600"):
                         pass  # killed
                 else:
                     assert (await grouped.run("/bin/true")).exit.code == 0
@@ -390,7 +390,7 @@ async def test_the_launchers_own_cgroups_go_with_it(
         if not launcher.cgroup.controllers:
             pytest.skip(launcher.cgroup.lacking)
         box = Box(launcher)
-        async with box.start("/bin/sleep", "60") as running, box.start("/bin/sleep", "60"):
+        async with box.start("/bin/sleep", "3600") as running, box.start("/bin/sleep", "60"):
             places = {path.parent for path in groups(running.process.pid).values()}
             assert places
             assert all(place.exists() for place in places)
@@ -406,9 +406,9 @@ async def test_what_a_killed_launcher_left_is_removed_by_the_next(
     async with open_launcher(start_launcher("root")) as living:
         if not living.cgroup.controllers:
             pytest.skip(living.cgroup.lacking)
-        async with Box(living).start("/bin/sleep", "60") as other:
+        async with Box(living).start("/bin/sleep", "3600") as other:
             async with open_launcher(start_launcher("root")) as killed:
-                async with Box(killed).start("/bin/sleep", "60") as running:
+                async with Box(killed).start("/bin/sleep", "3600") as running:
                     left = {path.parent for path in groups(running.process.pid).values()}
                     os.kill(killed.pid, signal.SIGKILL)
                     await killed.gone.wait()
@@ -420,7 +420,8 @@ async def test_what_a_killed_launcher_left_is_removed_by_the_next(
 
 
 async def test_without_its_cgroup_nothing_starts(grouped: Box) -> None:
-    async with grouped.start("/bin/sleep", "60") as running:
+    limits = Limits(memory=64 * MIB, processes=8, millicpus=1000)
+    async with grouped.start("/bin/sleep", "3600", limits=limits) as running:
         places = {path.parent for path in groups(running.process.pid).values()}
     await gone(*(place / "1" for place in places))
     victim = places.pop()
@@ -433,7 +434,7 @@ async def test_without_its_cgroup_nothing_starts(grouped: Box) -> None:
             await trio.sleep(0.01)
     for _ in range(3):  # with the one that was made ahead of time, and without
         with pytest.raises(KernelError) as refusal:
-            await grouped.run("/bin/true")
+            await grouped.run("/bin/true", limits=limits)
         assert refusal.value.errno == errno.ENOENT
         assert refusal.value.path.startswith(f"{victim}/")
 
@@ -482,7 +483,16 @@ async def test_a_host_without_cgroups_is_told_and_still_isolates() -> None:
 @needs_v2
 @pytest.mark.parametrize("clone3", [True, False], ids=["born inside", "moved inside"])
 async def test_on_v2_a_sandbox_starts_and_ends_in_a_cgroup_of_its_own(clone3: bool) -> None:
-    start = "" if clone3 else "kernel._SYS_CLONE3 = 100_000  # ENOSYS"
+    start = f"""
+from sandboxd.isolation.cgroup import Cgroup
+join = Cgroup.join
+def joining(self, *, born):
+    assert born is {clone3}
+    join(self, born=born)
+Cgroup.join = joining
+if not {clone3}:
+    kernel._SYS_CLONE3 = 100_000  # ENOSYS
+"""
     async with open_launcher(launcher_where('unmount("cgroup")', start)) as launcher:
         assert launcher.cgroup.version == "v2"
         assert "kill" in launcher.cgroup.controllers
@@ -490,7 +500,7 @@ async def test_on_v2_a_sandbox_starts_and_ends_in_a_cgroup_of_its_own(clone3: bo
         box = Box(launcher)
         seen = await box.probe("tell(pid=os.getpid(), ppid=os.getppid())")
         assert seen == {"pid": 2, "ppid": 1}
-        async with box.start("/bin/sleep", "60") as running:
+        async with box.start("/bin/sleep", "3600") as running:
             path = groups(running.process.pid)[""]
             inside = {int(pid) for pid in read(path / "cgroup.procs").split()}
             assert inside == {running.process.pid, *children(running.process.pid)}
@@ -512,7 +522,7 @@ async def test_on_v2_a_sandbox_starts_and_ends_in_a_cgroup_of_its_own(clone3: bo
 async def test_a_stopped_init_does_not_keep_a_tree_alive_on_v2() -> None:
     """The second means of ending a tree, alone: the group is killed where the init can't be."""
     async with open_launcher(launcher_where('unmount("cgroup")')) as launcher:
-        async with Box(launcher).start("/bin/sleep", "60") as running:
+        async with Box(launcher).start("/bin/sleep", "3600") as running:
             path = groups(running.process.pid)[""]
             (path / "cgroup.kill").write_text("1")
             with trio.fail_after(10):
@@ -531,7 +541,7 @@ def delegated() -> Iterator[tuple[Path, int]]:
     for name in ("", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"):
         os.chown(path / name, ORDINARY_UID, ORDINARY_UID)
     os.setxattr(path, "user.delegate", b"1")
-    daemon = subprocess.Popen(["/bin/sleep", "60"])
+    daemon = subprocess.Popen(["/bin/sleep", "3600"])
     (path / "cgroup.procs").write_text(str(daemon.pid))
     yield path, daemon.pid
     daemon.kill()
@@ -563,7 +573,7 @@ os.setresuid({user}, {user}, {user})"""
         assert read(home / "cgroup.procs") == ""
         leaf = {int(pid) for pid in read(home / "supervisor/cgroup.procs").split()}
         assert leaf == {daemon, launcher.pid}
-        async with Box(launcher).start("/bin/sleep", "60") as running:
+        async with Box(launcher).start("/bin/sleep", "3600") as running:
             path = groups(running.process.pid)[""]
             assert path.parent.parent == home
         await gone(path)

@@ -20,6 +20,7 @@ from sandboxd.isolation.wire import (
     LaunchSpec,
     Limits,
     MountSpec,
+    OverlaySpec,
     check_spec,
     decode_spec,
     encode_spec,
@@ -51,12 +52,14 @@ specs = st.builds(
             noexec=st.booleans(),
             idmap=st.booleans(),
             optional=st.booleans(),
+            shared=st.booleans(),
         ),
         max_size=4,
     ).map(tuple),
     files=st.lists(st.builds(FileSpec, paths, blobs, numbers), max_size=4).map(tuple),
     extra_fds=st.lists(numbers, max_size=4).map(tuple),
     limits=st.builds(Limits, **{field.name: numbers for field in dataclasses.fields(Limits)}),
+    overlay=st.none() | st.builds(OverlaySpec, paths, paths, numbers),
 )
 
 PLAIN = LaunchSpec(id="x", argv=(b"/bin/true",), env=((b"A", b"b"),), uid=1000)
@@ -176,6 +179,8 @@ def test_a_plain_spec_passes_the_check() -> None:
         {"mounts": (MountSpec("/x", "/proc/sys"),)},
         {"mounts": (MountSpec("/x", "/a/../proc"),)},
         {"mounts": (MountSpec("/x\0y", "/a"),)},
+        {"overlay": OverlaySpec("relative")},
+        {"overlay": OverlaySpec("/x", "/a/../b")},
         {"files": (FileSpec("/proc/x", b"canary"),)},
         {"files": (FileSpec("x", b"canary"),)},
         {"extra_fds": (2,)},

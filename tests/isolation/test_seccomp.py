@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from isolation_support import Box, changed_launcher, needs_root, status
 
-from sandboxd.isolation.seccomp import restrict_launcher
+from sandboxd.errors import KernelError
 from sandboxd.isolation.wire import MountSpec
 
 Outside = Callable[..., dict[str, Any]]
@@ -347,13 +347,21 @@ const server = net.createServer(s => s.end("socket")).listen("/tmp/s", () =>
     assert result.exit.code == 0
 
 
-async def test_a_machine_without_programs_of_its_own_says_so(outside: Outside) -> None:
-    package = str(Path(restrict_launcher.__code__.co_filename).parents[2])
-    probe = f"""
-sys.path.append({package!r})
-from sandboxd.isolation import seccomp
-seccomp._DIRECTORY = "/absent"
-tell(filtered=seccomp.restrict_launcher(), sandbox=seccomp.restrict_sandbox(),
-     mode=status("Seccomp"))
-"""
-    assert outside(probe) == {"filtered": False, "sandbox": None, "mode": ["0"]}
+async def test_a_machine_that_has_no_programs_says_so() -> None:
+    async with changed_launcher("seccomp.MACHINES = ()") as box:
+        assert not box.launcher.seccomp
+        assert await box.probe("tell(mode=status('Seccomp'))") == {"mode": ["0"]}
+
+
+async def test_a_launcher_that_lost_its_programs_does_not_start() -> None:
+    with pytest.raises(KernelError, match=r"open /absent/.*calls\.bpf: ENOENT"):
+        async with changed_launcher("seccomp._DIRECTORY = '/absent'"):
+            pytest.fail("it runs without its filter")
+
+
+async def test_a_sandbox_that_gets_no_filter_does_not_start() -> None:
+    change = "seccomp._install = lambda program, once=iter((0, 0)): next(once)"
+    async with changed_launcher(change) as box:
+        assert box.launcher.seccomp
+        with pytest.raises(KernelError):
+            await box.run("/bin/true")

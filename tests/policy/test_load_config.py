@@ -53,6 +53,8 @@ def test_an_empty_directory_has_the_shipped_tools_and_policies(tmp_path: Path) -
         ("workspace: {path: ~/x}\n", "5:19: workspace.path: expected an absolute path"),
         ("workspace: {path: /a/../b}\n", "5:19: workspace.path: the path '/a/../b' is not in its"),
         ("workspace: {path: /a/}\n", "5:19: workspace.path: the path '/a/' is not in its plain"),
+        ("workspace: {quota: 1G}\n", "5:20: a workspace of mode rw has no quota"),
+        ("workspace: {mode: overlay, quota: 1K}\n", "5:35: expected a quota of at least 1M"),
         ("workspace: {mod: rw}\n", "5:13: unknown key 'mod' in workspace"),
         ("limits: {memory: 64Q}\n", "5:18: limits.memory: expected a size, found the text '64Q'"),
         ("limits: {memory: true}\n", "5:18: limits.memory: expected a size, found true"),
