@@ -15,11 +15,12 @@ from pathlib import Path
 from sandboxd.errors import Invalid
 from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import python_argv, python_mounts
-from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
+from sandboxd.isolation.wire import FileSpec, LaunchSpec, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
 from sandboxd.policy.decide import Decision
 from sandboxd.policy.model import SecretSpec, Tool
 from sandboxd.secret import Secret
+from sandboxd.sessions.spec import launch_limits
 
 __all__ = ["FIRST_FD", "SECRETS", "Prepared", "prepare"]
 
@@ -101,7 +102,7 @@ def prepare(
         mounts=_mounts(tool, workspace, access, overlay=overlay),
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
-        limits=_limits(decision),
+        limits=launch_limits(decision.limits),
         template=template,
     )
     return Prepared(spec_out, stdin, tuple(descriptors))
@@ -139,20 +140,6 @@ def _mounts(
     elif workspace is not None and access != "none":
         mounts.append(MountSpec(str(workspace), _WORKSPACE, readonly=access == "ro", idmap=True))
     return tuple(mounts)
-
-
-def _limits(decision: Decision) -> Limits:
-    limits = decision.limits
-    given = {
-        "memory": limits.memory,
-        "processes": limits.processes,
-        "open_files": limits.files,
-        "file_size": limits.file_size,
-        "cpu_seconds": None if limits.cpu is None else max(1, round(limits.cpu)),
-        "tmp_size": limits.tmp_size,
-        "millicpus": None if limits.cpus is None else round(limits.cpus * 1000),
-    }
-    return Limits(**{name: int(value) for name, value in given.items() if value is not None})
 
 
 def _check_size(tool: Tool, argv: Sequence[bytes], env: Sequence[tuple[bytes, bytes]]) -> None:

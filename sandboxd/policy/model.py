@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import attrs
 
+from sandboxd.isolation.uids import DEFAULT_COUNT, DEFAULT_FIRST
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
     AbsolutePath,
@@ -168,7 +169,7 @@ class Settings:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_sessions: Count = Count(64)
     max_concurrent_calls: Count = Count(16)
-    uid_range: UidRange = UidRange(first=1_879_048_192, count=Count(65_536))
+    uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
 
 
 @attrs.frozen

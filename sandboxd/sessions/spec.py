@@ -113,12 +113,14 @@ def bridge_command(python: str) -> bytes:
 
 
 def launch_limits(limits: PolicyLimits) -> Limits:
-    """A policy's limits as the launcher takes them, where 0 stands for no limit."""
-    return Limits(
-        memory=limits.memory or 0,
-        processes=limits.processes or 0,
-        open_files=limits.files or 1024,
-        file_size=limits.file_size or 0,
-        cpu_seconds=int(limits.cpu or 0),
-        tmp_size=limits.tmp_size or 64 << 20,
-    )
+    """A policy's limits as the launcher takes them; what they leave open has its default there."""
+    given = {
+        "memory": limits.memory,
+        "processes": limits.processes,
+        "open_files": limits.files,
+        "file_size": limits.file_size,
+        "cpu_seconds": None if limits.cpu is None else max(1, round(limits.cpu)),
+        "tmp_size": limits.tmp_size,
+        "millicpus": None if limits.cpus is None else round(limits.cpus * 1000),
+    }
+    return Limits(**{name: int(value) for name, value in given.items() if value is not None})

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from escape_support import Selftest
 
 from sandboxd.selftest.prober.catalogue import PROBES
+
+pytestmark = pytest.mark.soak
 
 #: The families of threats that docs/security-model.md speaks of.
 FAMILIES = {

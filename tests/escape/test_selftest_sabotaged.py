@@ -16,6 +16,8 @@ from sandboxd import selftest
 from sandboxd.selftest import stage as selftest_stage
 from sandboxd.trial import stage as trial_stage
 
+pytestmark = pytest.mark.soak
+
 #: The daemon, with a launcher that first runs the code in the first argument's place.
 DAEMON = """
 import sys

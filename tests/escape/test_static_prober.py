@@ -25,6 +25,8 @@ from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 from sandboxd.trial.archive import pack
 
+pytestmark = pytest.mark.soak
+
 SOURCE = Path(__file__).parent / "prober.c"
 
 #: What is allowed, or the one right denial; anything else in the prober's output is EPERM.

@@ -350,6 +350,7 @@ signal.pause()"""
         assert not groups(os.getpid())
 
 
+@pytest.mark.soak
 async def test_no_cgroup_is_left_after_200_launches(grouped: Box) -> None:
     async with grouped.start("/bin/sleep", "3600") as running:
         places = {path.parent for path in groups(running.process.pid).values()}

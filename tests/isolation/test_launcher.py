@@ -232,6 +232,7 @@ async def test_its_memory_keeps_no_secret_of_a_launch(box: Box) -> None:
     assert not in_memory(box.launcher.pid, secret.encode())
 
 
+@pytest.mark.soak
 async def test_hundreds_of_launches_leave_nothing_behind(box: Box) -> None:
     async def launch(argv: tuple[str, ...] = ("/bin/true",)) -> None:
         assert (await box.run(*argv)).exit.code == 0

@@ -209,7 +209,7 @@ for _words, _attack, _denial, _control in (
      lambda plan: raise_limit(resource.RLIMIT_NOFILE, 1 << 22), "EPERM",
      lambda plan: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))),
     ("raise the own priority", lambda plan: os.setpriority(os.PRIO_PROCESS, 0, -10), "EACCES",
-     lambda plan: os.setpriority(os.PRIO_PROCESS, 0, 5)),
+     lambda plan: os.setpriority(os.PRIO_PROCESS, 0, 19)),
     ("real-time scheduling",
      lambda plan: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)), "EPERM",
      lambda plan: os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))),
