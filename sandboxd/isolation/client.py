@@ -49,6 +49,7 @@ class Process:
         self.exit: Exit | None = None
         self._launcher, self._number = launcher, number
         self._template: Template | None = None
+        self._declined = False
         self._started, self._ended = trio.Event(), trio.Event()
         self._failure: SandboxdError | None = None
 
@@ -168,17 +169,17 @@ class Launcher:
 
     async def _launch_in_template(self, spec: LaunchSpec, fds: Sequence[int]) -> Process:
         key = (spec.template, template_key(spec))
-        template = None
-        while template is None:
+        while True:
             template = self._pool.take(key) or await self._new_template(key, spec)
             number = self._numbers = self._numbers + 1
             process = Process(self, template.number, spec.id)
             process._template, process.pid = template, template.pid
             take = partial(self._take_from_template, process)
-            if not await template.send(number, fds, take):
-                template = None  # it had just died
-        await self._await_start(process)
-        return process
+            if await template.send(number, fds, take):
+                await self._await_start(process)
+                if not process._declined:
+                    return process
+            # It ended just now, by itself, and has started nothing: a call had left traces in it.
 
     async def _new_template(self, key: tuple[str, str], spec: LaunchSpec) -> Template:
         self._numbers += 1
@@ -205,6 +206,8 @@ class Launcher:
         assert template is not None
         if frame is None and template.usage is None:
             process._failure = self._failure or gone()
+        elif frame is None and not process._started.is_set() and template.left:
+            process._declined = True
         elif frame is None and not process._started.is_set():
             process._failure = failure_of(
                 Frame(Kind.FAILED, 0, errno.ECHILD, text="setup\tkilled while starting")

@@ -30,7 +30,8 @@ class Meter:
 
     def mark(self) -> None:
         """A call begins."""
-        self._cpu_before, self._oom_before = self.cpu(), self._oom_kills()
+        #: Microseconds of CPU until then; None where no cgroup tells.
+        self.before, self._oom_before = self.cpu(), self._oom_kills()
         self._resets = False
         if self._peak >= 0:
             with contextlib.suppress(OSError):  # before Linux 6.12 v2 keeps the highest for good
@@ -41,7 +42,7 @@ class Meter:
         """What the call has used."""
         cpu = self.cpu()
         peak = _number(_pread(self._peak)) if self._resets else 0
-        used = None if cpu is None or self._cpu_before is None else cpu - self._cpu_before
+        used = None if cpu is None or self.before is None else cpu - self.before
         return Usage(used, peak >> 10, self._oom_kills() > self._oom_before)
 
     def cpu(self) -> int | None:

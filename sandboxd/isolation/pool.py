@@ -18,7 +18,7 @@ import trio
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation.reports import failure_of, pid_of
-from sandboxd.isolation.wire import FRAME, LAST, Frame, Kind
+from sandboxd.isolation.wire import FRAME, Frame, Kind
 
 __all__ = ["Pool", "Template"]
 
@@ -88,6 +88,11 @@ class Template:
         else:
             self.call, self._take = 0, _nobody
         take(frame)
+
+    @property
+    def left(self) -> bool:
+        """Whether it ended by its own decision."""
+        return self.usage is not None and self.usage.kind is Kind.EXITED and self.usage.a == 0
 
     def last_words(self) -> Frame:
         """What became of its call: the kernel has killed it with the template."""
@@ -187,9 +192,7 @@ class Pool:
             template.gone.set()
 
     def _take(self, template: Template, frame: Frame) -> None:
-        if frame.kind is Kind.EXITED:
-            template.worn = template.worn or frame.text == LAST
-        elif frame.kind is Kind.FAILED:
+        if frame.kind is Kind.FAILED:
             template.worn = template.worn or bool(frame.b)
         template.take(frame)
         if not template.call:

@@ -22,9 +22,10 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
     """Whether a template can give ``spec`` all that a sandbox made for it alone would.
 
     Not where it needs a terminal, a copy-on-write workspace, limits too small for the template
-    itself, files outside /run, or mounts where a call's own memory or files go; nor where a
-    program could open one of its ``streams`` again (proc(5), /proc/PID/fd) that is a file or a
-    device of the host, for a template is restricted before it gets them.
+    itself, files outside /run or such as can be executed (which no file can that is held open for
+    writing), or mounts where a call's own memory or files go; nor where a program could open one
+    of its ``streams`` again (proc(5), /proc/PID/fd) that is a file or a device of the host, for a
+    template is restricted before it gets them.
     """
     limits = spec.limits
     files = limits.open_files
@@ -38,6 +39,7 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
         or 0 < files < (FIRST_HIGH_FD + MAX_FDS if spec.extra_fds else _LEAST_FILES)
         or 0 < limits.file_size < largest
         or not all(file.path.startswith("/run/") for file in spec.files)
+        or any(file.mode & 0o111 for file in spec.files)
         or len({file.path for file in spec.files}) < len(spec.files)
         or not all(_needs_no_path(fd) for fd in streams)
     ):

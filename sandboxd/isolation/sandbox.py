@@ -122,8 +122,8 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
 
 
 def build(
-    spec: LaunchSpec, *, privileged: bool, namespace: int = -1, lasting: bool = False
-) -> None:
+    spec: LaunchSpec, *, privileged: bool, namespace: int = -1, kind: type[Root] = Root
+) -> Root:
     """Put this process into namespaces and a root of its own, and make an ordinary user of it.
 
     Capabilities are left in the innermost user namespace, which owns none of the others.
@@ -133,24 +133,18 @@ def build(
     kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
     kernel.sethostname(spec.hostname)
     kernel.join_new_keyring()
-    root = Root(
-        spec,
-        uid,
-        inside_id=INSIDE_ID,
-        privileged=privileged,
-        namespace=namespace,
-        lasting=lasting,
-    )
+    root = kind(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
     sysctl = root.build()
     root.pivot()
     _become_user(uid, sysctl, privileged=privileged)
+    return root
 
 
 def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
-    """Give up for good, on this thread and whatever it starts, what building the sandbox needed.
+    """Give up for good, here and in whatever is started, what building the sandbox needed.
 
-    The last step before the program, whether in a sandbox made for it or in a template. ``streams``
-    are the descriptors that the program gets.
+    The last step before the program, whether in a sandbox made for it or in one that is kept ready.
+    ``streams`` are the descriptors that the program gets.
     """
     kernel.drop_capabilities()
     system, _ = system_layout()

@@ -21,23 +21,14 @@ from typing import Any
 from sandboxd.errors import KernelError
 
 __all__ = [
-    "CAP_KILL",
-    "CAP_SYS_ADMIN",
     "Mapping",
     "clear_keyrings",
-    "drop_all_but",
     "has_keyrings",
     "inherited_attributes",
     "mapped",
     "spawn",
 ]
 
-CAP_KILL = 5
-CAP_SYS_ADMIN = 21
-
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
-_PR_SET_SECUREBITS = 28
 _KEYCTL_GET_KEYRING_ID, _KEYCTL_CLEAR, _KEYCTL_GET_PERSISTENT = 0, 7, 22
 _SESSION_KEYRING, _USER_KEYRING, _USER_SESSION_KEYRING = -3, -4, -5
 
@@ -125,17 +116,6 @@ def spawn(
     )
     _libc.posix_spawn_file_actions_destroy(actions)
     return (0, code) if code else (pid.value, 0)
-
-
-def drop_all_but(*capabilities: int) -> None:
-    """Keep these permitted and effective; clear the rest for good, for what is executed too."""
-    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    # SECBIT_NOROOT, SECBIT_NO_SETUID_FIXUP, SECBIT_NO_CAP_AMBIENT_RAISE, each with its lock.
-    _libc.prctl(_PR_SET_SECUREBITS, ctypes.c_ulong(0xCF), 0, 0, 0)
-    low = sum(1 << capability for capability in capabilities)
-    data = (ctypes.c_uint32 * 6)(low, low)
-    if _libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), data) < 0:
-        raise KernelError("capset", ctypes.get_errno())
 
 
 def has_keyrings() -> bool:

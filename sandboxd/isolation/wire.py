@@ -47,8 +47,6 @@ __all__ = [
 FRAME = struct.Struct("!4sBxxxQqqqq192s")
 MAGIC = b"SBX1"
 MAX_FDS = 16
-#: In an EXITED or FAILED frame of a template: it takes no other call.
-LAST = "last"
 MAX_SPEC = 16 << 20
 #: Descriptors wait at this number and above while they are put in their places.
 FIRST_HIGH_FD = 256
@@ -73,7 +71,8 @@ class Kind(enum.IntEnum):
     #: Descriptor: pidfd of the sandbox's init. Of a template itself: a socket to it, and the pidfd;
     #: of its call: CPU microseconds that it used before, no descriptor.
     STARTED = 17
-    FAILED = 18  # operands: errno; text: system call and path
+    #: Operands: errno; 1 when a template ends with it. Text: system call and path.
+    FAILED = 18
     #: Operands: wait status, cpu microseconds, peak KiB of the largest process, of the whole tree
     #: (0 where no cgroup tells); text: "oom" when the kernel killed in it for want of memory.
     EXITED = 19

@@ -39,7 +39,7 @@ kernel.drop_capabilities = kernel.no_new_privileges = lambda: None
 def proc(self, masks):
     import os
     tree = kernel.clone_tree(kernel.AT_FDCWD, "/proc", recursive=True)
-    self._place_own("proc", tree, close=False)
+    self.place_own("proc", tree, close=False)
     return os.open("sys", os.O_RDONLY | os.O_DIRECTORY, dir_fd=tree)
 root.Root._proc = proc
 """

@@ -1,1 +1,0 @@
-"""Measurements, as ratios within one run. Nothing here is a test, and no test is timed."""
