@@ -65,8 +65,8 @@ class Kind(enum.IntEnum):
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
     TEMPLATE = 4  # make a template; operands: 0; of the cgroup: as of LAUNCH
-    #: Operands: 1 when privileged, else 0; Landlock's ABI; 1 when seccomp filters are installed.
-    #: Text: CgroupState.
+    #: Operands: 1 when privileged, else 0; Landlock's ABI; 1 when seccomp filters are installed; 1
+    #: when there are time namespaces. Text: CgroupState.
     READY = 16
     #: Descriptor: pidfd of the sandbox's init. Of a template itself: a socket to it, and the pidfd;
     #: of its call: CPU microseconds that it used before, no descriptor.

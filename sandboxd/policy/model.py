@@ -30,11 +30,15 @@ from sandboxd.policy.values import (
     Slug,
     ToolName,
     VariableName,
+    WebAddress,
 )
 
 __all__ = [
     "Agent",
     "Annotations",
+    "ApprovalSettings",
+    "CommandHook",
+    "Concurrency",
     "Condition",
     "Config",
     "Key",
@@ -47,10 +51,15 @@ __all__ = [
     "Stdin",
     "Tool",
     "UidRange",
+    "Webhook",
     "Workspace",
 ]
 
 Network = Literal["none", "host"]
+#: What a tool's standard output is.
+OutputFormat = Literal["auto", "text", "json", "binary"]
+#: What becomes of a call: it runs, it doesn't, or an operator is asked first.
+Verdict = Literal["allow", "deny", "ask"]
 #: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
 Access = Literal["none", "ro", "overlay", "rw"]
 Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
@@ -64,6 +73,7 @@ Feature = Literal[
     "ipc_namespace",
     "uts_namespace",
     "cgroup_namespace",
+    "time_namespace",
     "landlock",
     "seccomp",
     "cgroup",
@@ -160,6 +170,37 @@ class UidRange:
 
 
 @attrs.frozen
+class Webhook:
+    """Where each question to an operator is posted. ``secret_file`` or ``credential`` signs it."""
+
+    url: WebAddress
+    secret_file: AbsolutePath | None = None
+    credential: str | None = None
+    ca_file: AbsolutePath | None = None
+    timeout: Duration = Duration(10.0)
+    arguments: bool = False
+
+
+@attrs.frozen
+class CommandHook:
+    """A program of the operator's that is told of each question, on its standard input."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = attrs.field(factory=_empty)
+    timeout: Duration = Duration(10.0)
+
+
+@attrs.frozen
+class ApprovalSettings:
+    """How many calls may wait for an operator, and who is told that one does."""
+
+    max_waiting: Count = Count(64)
+    max_waiting_per_session: Count = Count(8)
+    webhook: Webhook | None = None
+    command: CommandHook | None = None
+
+
+@attrs.frozen
 class Settings:
     """sandboxd.yaml."""
 
@@ -170,6 +211,7 @@ class Settings:
     max_sessions: Count = Count(64)
     max_concurrent_calls: Count = Count(16)
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
+    approvals: ApprovalSettings = ApprovalSettings()
 
 
 @attrs.frozen
@@ -218,13 +260,14 @@ class SecretSpec:
 
     ``env``: in the environment as ``as_name``. ``file``: at /run/secrets/``as_name``. ``fd``: on a
     descriptor whose number stands in the environment variable ``as_name``. ``stdin``: it is the
-    whole standard input.
+    whole standard input. ``redact`` is false for a plain setting, which output may show.
     """
 
     variable: VariableName
     as_name: str = attrs.field(default="", metadata={"key": "as"})
     delivery: Literal["env", "file", "stdin", "fd"] = "env"
     required: bool = True
+    redact: bool = True
 
 
 @attrs.frozen
@@ -233,6 +276,16 @@ class Stdin:
 
     kind: Literal["none", "json", "text"] = "none"
     argument: str = ""
+
+
+@attrs.frozen
+class Concurrency:
+    """How many calls of one tool run at once, over all sessions and in each. None: as many as the
+    daemon's own bounds let. Calls beyond it wait in their session's queue.
+    """
+
+    total: Count | None = None
+    per_session: Count | None = None
 
 
 @attrs.frozen
@@ -252,7 +305,11 @@ class Annotations:
 
 @attrs.frozen
 class Tool:
-    """tools/NAME/tool.yaml. ``program`` and ``directory`` are real paths: no symbolic links."""
+    """tools/NAME/tool.yaml. ``program`` and ``directory`` are real paths: no symbolic links.
+
+    ``grace``: seconds between SIGTERM and the end by force; None: none. With ``output_schema``
+    the standard output is JSON and matches it. A format of ``auto`` is text where it is UTF-8.
+    """
 
     name: ToolName
     description: Line
@@ -268,9 +325,14 @@ class Tool:
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
     timeout: Duration = Duration(60.0)
+    grace: Duration | None = None
+    output_schema: Mapping[str, Any] | None = attrs.field(default=None, metadata={"key": "output"})
+    output_format: OutputFormat = "auto"
     output_limit: Size = Size(1 << 20)
     on_overflow: Literal["truncate", "kill"] = "truncate"
     limits: Limits = Limits()
+    concurrency: Concurrency = Concurrency()
+    approval: Literal["none", "ask"] = "none"
     annotations: Annotations = Annotations()
     replaces: Literal["shipped"] | None = None
     directory: Path = _loaded(Path())
@@ -278,6 +340,7 @@ class Tool:
     source: str = _loaded("")
     shipped: bool = _loaded(False)
     validator: Any = _loaded(None, eq=False, repr=False)
+    output_validator: Any = _loaded(None, eq=False, repr=False)
 
 
 @attrs.frozen
@@ -292,12 +355,14 @@ class Condition:
 class Rule:
     """One line of a policy: it matches by tool, agent and arguments, and then it decides."""
 
-    verdict: Literal["allow", "deny"]
+    verdict: Verdict
     tools: tuple[Glob, ...]
     agents: tuple[Glob, ...] = (Glob("*"),)
     when: Mapping[str, Condition] = attrs.field(factory=_empty)
     reason: str = ""
     source: str = ""
+    #: An allowing rule that stands in for the approval which a manifest asks for.
+    approved: bool = False
 
     @property
     def title(self) -> str:
@@ -320,6 +385,7 @@ class Policy:
     agent_limits: Limits = Limits()
     timeout: Duration | None = None
     output_limit: Size | None = None
+    approval_timeout: Duration | None = None
     require: tuple[Feature, ...] = ()
     source: str = _loaded("")
     shipped: bool = _loaded(False)
