@@ -24,7 +24,7 @@ from sandboxd.broker import descriptors
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.capture import Capture, Progress, Stream
 from sandboxd.broker.failures import failed_result, first
-from sandboxd.broker.gate import Busy, Gate, Share
+from sandboxd.broker.gate import Bounds, Busy, Gate, Share
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
@@ -52,16 +52,6 @@ _LONGEST_NAME = 80
 _DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How many calls run and wait, and for how many seconds one waits at most."""
-
-    total: int = 16
-    per_session: int = 8
-    queue: int = 64
-    patience: float = 60.0
 
 
 @dataclass(eq=False)
