@@ -38,8 +38,10 @@ GAMES = {
     "forked twice, another session": f"({_DEAF} setsid sh -c 'echo ready; sleep 300' &) ; wait; "
     "sleep 300",
     "stopped": "sleep 300 & kill -STOP $!; echo ready; kill -STOP $$",
-    "pipes held by grandchildren": "(setsid sleep 300 &) ; (setsid sleep 300 &) ; echo ready; sleep 300",
-    "fifty processes": "i=0; while [ $i -lt 50 ]; do sleep 300 & i=$((i+1)); done; echo ready; wait",
+    "pipes held by grandchildren": "(setsid sleep 300 &) ; (setsid sleep 300 &) ; "
+    "echo ready; sleep 300",
+    "fifty processes": "i=0; while [ $i -lt 50 ]; do sleep 300 & i=$((i+1)); done; "
+    "echo ready; wait",
     "never stops forking": f"exec /usr/bin/python3 -c '{_FORKS}'",
 }
 
