@@ -34,7 +34,7 @@ from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.model import SecretSpec, Tool
-from sandboxd.policy.toolcheck import check_program
+from sandboxd.policy.programs import Held, hold_program
 from sandboxd.secret import Secret
 from sandboxd.vault.vault import Sealed, Snapshot, Vault
 
@@ -66,6 +66,7 @@ class _Live:
     ended: trio.Event = field(default_factory=trio.Event)
     versions: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
+    held: Held | None = None
     capture: Capture | None = None
     exit: Exit | None = None
     alive: bool = False
@@ -316,6 +317,8 @@ class Calls:
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
             result = failed_result(live.id, live.tool, first(group))
         finally:
+            if live.held is not None:
+                live.held.close()
             with trio.move_on_after(_REAP, shield=True):
                 await self._record_end(live, result)
         return result
@@ -330,7 +333,7 @@ class Calls:
         """Unseal, launch, read to the end. The uid is free again once nothing runs as it."""
         tool = decision.tool
         assert tool is not None  # an allowed decision has one
-        await trio.to_thread.run_sync(check_program, tool)
+        live.held = await trio.to_thread.run_sync(hold_program, tool)
         unsealed = await self._unseal(chosen)
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
@@ -345,6 +348,7 @@ class Calls:
                 workspace=session.workspace,
                 overlay=shares,
                 template=session.id,
+                held=live.held,
             )
             ended = trio.CancelScope()
             live.capture = Capture(
