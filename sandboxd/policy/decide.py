@@ -32,7 +32,7 @@ from sandboxd.policy.model import (
 )
 from sandboxd.policy.template import Refused, fill, value_text
 
-__all__ = ["Decision", "SessionTerms", "decide", "session_terms"]
+__all__ = ["Decision", "SessionTerms", "decide", "launch_terms", "session_terms"]
 
 _ACCESS: tuple[Access, ...] = typing.get_args(Access)
 
@@ -82,6 +82,25 @@ def decide(config: Config, agent: Agent, tool_name: Any, arguments: Any) -> Deci
         return _decide(config, agent, tool_name, arguments)
     except Exception:  # noqa: BLE001 - total by promise; a refusal is the only safe answer
         return Decision("deny", "decide", "the call could not be judged")
+
+
+def launch_terms(config: Config, agent: Agent, tool: Tool) -> Decision:
+    """How ``tool`` would run for ``agent`` whatever its arguments: the policy's ceilings alone.
+
+    For what is started before there is a call, such as an MCP server.
+    """
+    policy = config.policies.get(agent.policy)
+    if policy is None:
+        return Decision("deny", f"{agent.source} policy", "this agent's policy does not exist")
+    refused = _over_ceiling(policy, agent, tool)
+    if refused:
+        return Decision("deny", f"{policy.source} ceiling", refused, tool=tool)
+    try:
+        argv = fill(tool.argv, {})
+    except Refused as problem:
+        return Decision("deny", f"{tool.source} argv", str(problem), tool=tool)
+    rule = Rule("allow", (), source=tool.source)
+    return _allow(policy, agent, tool, rule, argv, None)
 
 
 def session_terms(config: Config, agent: Agent) -> SessionTerms:

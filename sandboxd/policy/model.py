@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 
@@ -31,6 +31,9 @@ from sandboxd.policy.values import (
     ToolName,
     VariableName,
 )
+
+if TYPE_CHECKING:
+    from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
     "Agent",
@@ -258,7 +261,7 @@ class Tool:
     description: Line
     program: ProgramPath
     input_schema: Mapping[str, Any] = attrs.field(metadata={"key": "input"})
-    runtime: Literal["none", "python"] = "none"
+    runtime: Literal["none", "python", "node"] = "none"
     argv: Template = Template()
     stdin: Stdin = Stdin()
     environment: Mapping[str, str] = attrs.field(factory=_empty)
@@ -340,3 +343,4 @@ class Config:
     policies: Mapping[str, Policy]
     generation: str
     warnings: tuple[str, ...] = ()
+    servers: Mapping[str, McpServer] = attrs.field(factory=_empty)
