@@ -20,7 +20,9 @@ import trio
 from sandboxd.admin.methods import Methods
 from sandboxd.admin.server import Caller, serve_admin
 from sandboxd.audit import AuditLog
+from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.calls import Bounds, Calls
+from sandboxd.broker.hooks import Hooks
 from sandboxd.broker.socket import serve_session_socket
 from sandboxd.errors import SandboxdError, Unavailable
 from sandboxd.isolation.client import open_launcher
@@ -63,6 +65,8 @@ async def _serve(boot: Boot) -> None:
 async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
     async with _parts(boot) as daemon, trio.open_nursery() as nursery:
         await _compose(daemon, nursery)
+        hooks = Hooks(lambda: daemon.config.settings.approvals, boot.webhook_key)
+        daemon.calls.approvals.listeners.append(hooks.heard)
         for id in await daemon.sessions.clear_leftovers():
             _log.warning("session %s ended with an earlier daemon", id)
         await daemon.audit.append(
@@ -80,6 +84,7 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
             )
         nursery.start_soon(_fail_without_launcher, daemon)
         nursery.start_soon(_watchdog, boot.service)
+        nursery.start_soon(hooks.run)
         boot.service.ready(daemon.status())
         _log.info("serving on %s, %s mode", boot.paths.admin_socket, daemon.launcher.mode)
         await _until_told_to_stop(daemon, signals)
@@ -118,6 +123,7 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         launcher=launcher,
         uids=uids,
         bounds=Bounds(total=daemon.config.settings.max_concurrent_calls),
+        approvals=Approvals(daemon.audit, settings=lambda: daemon.config.settings.approvals),
     )
 
     async def serve(

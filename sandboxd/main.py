@@ -62,6 +62,7 @@ def _start(arguments: argparse.Namespace) -> int:
     harden()
     launcher = fork_launcher()
 
+    from sandboxd.broker.signing import signing_key
     from sandboxd.daemon import run
     from sandboxd.policy import load_settings
     from sandboxd.running import Boot
@@ -77,6 +78,7 @@ def _start(arguments: argparse.Namespace) -> int:
     lock = _lock(paths.lock, who)
     source = _key_source(settings, paths)
     key = load_master_key(source, ask=_ask)
+    webhook_key = signing_key(settings.approvals.webhook)
     if who is not None:
         for directory in (paths.state, paths.runtime):
             refuse_unreachable(directory, who)
@@ -95,6 +97,7 @@ def _start(arguments: argparse.Namespace) -> int:
         service=service,
         identity=who,
         lock=lock,
+        webhook_key=webhook_key,
     )
     return run(boot)
 

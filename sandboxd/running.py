@@ -16,6 +16,7 @@ from sandboxd.isolation.client import Launcher
 from sandboxd.paths import Paths, shipped
 from sandboxd.policy import Config, Settings, load_config
 from sandboxd.privileges import Identity
+from sandboxd.secret import Secret
 from sandboxd.service import Service
 from sandboxd.sessions.manager import Manager
 from sandboxd.vault.custody import MasterKey
@@ -41,6 +42,7 @@ class Boot:
     service: Service
     identity: Identity | None
     lock: int
+    webhook_key: Secret | None = None
 
 
 @dataclass
@@ -99,6 +101,11 @@ class Daemon:
             for name in _AT_START
             if getattr(old, name) != getattr(new, name)
         ]
+        if _signed_by(old) != _signed_by(new):
+            waiting.append(
+                "sandboxd.yaml: the webhook's new secret takes effect at the next start of the "
+                "daemon"
+            )
         return [*self.config.warnings, *waiting]
 
     def status(self) -> str:
@@ -114,6 +121,11 @@ def load(paths: Paths) -> Config:
         shipped_tools=shipped("tools"),
         private={"the daemon's state": paths.state, "the daemon's sockets": paths.runtime},
     )
+
+
+def _signed_by(settings: Settings) -> object:
+    webhook = settings.approvals.webhook
+    return webhook and (webhook.secret_file, webhook.credential)
 
 
 def _unreadable(failure: Exception) -> SandboxdError:

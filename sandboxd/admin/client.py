@@ -71,6 +71,22 @@ class AdminClient:
             self._receive()
         self.result(request)
 
+    def follow(self, method: str, /, **params: Any) -> int:
+        """Start a streaming method without waiting: :meth:`arrived` takes the number."""
+        request = self.submit(method, **params)
+        self._items.setdefault(request, deque())
+        return request
+
+    def arrived(self, request: int) -> list[Any]:
+        """What :meth:`follow` brought since the last time. Raises what ended the method."""
+        while self._receive(socket.MSG_DONTWAIT):
+            pass
+        items = self._items[request]
+        found = [items.popleft() for _ in range(len(items))]
+        if request in self._replies and not found:
+            self.result(request)
+        return found
+
     def submit(self, method: str, /, **params: Any) -> int:
         """Send a request without waiting: :meth:`ready` and :meth:`result` take the number."""
         self._last_id += 1

@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
@@ -33,6 +34,7 @@ class Methods:
             **VariableMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
+            **ApprovalMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,
@@ -61,6 +63,7 @@ class Methods:
                 "generation": daemon.config.generation,
                 "sessions": len(daemon.sessions.live),
                 "calls": daemon.calls.running(),
+                "approvals": len(daemon.calls.approvals.waiting),
                 "key_custody": boot.custody,
                 "warnings": daemon.warnings(),
             }
@@ -111,6 +114,7 @@ class Methods:
                 "name": name,
                 "description": tool.description,
                 "secrets": [secret.variable for secret in tool.secrets],
+                "shown": [secret.variable for secret in tool.secrets if not secret.redact],
                 "network": tool.network,
                 "workspace": tool.workspace,
                 "timeout": float(tool.timeout),
@@ -159,9 +163,17 @@ class Methods:
                 "reason": decision.reason,
                 "argv": list(decision.argv),
                 "inject": [
-                    {"variable": s.variable, "as": s.as_name, "delivery": s.delivery}
+                    {
+                        "variable": s.variable,
+                        "as": s.as_name,
+                        "delivery": s.delivery,
+                        "redact": s.redact,
+                    }
                     for s in decision.inject
                 ],
+                "approval_timeout": decision.approval_timeout
+                if decision.verdict == "ask"
+                else None,
                 "network": network,
                 "limits": attrs.asdict(decision.limits),
                 "isolation": layers(network, self._daemon.launcher),

@@ -193,6 +193,7 @@ class SessionMethods:
             "reason": session.stop_reason,
             "by": session.by,
             "calls_running": self._daemon.calls.running(session.id),
+            "calls_waiting": self._daemon.calls.approvals.count(session.id),
             "lowered": list(session.terms.lowered),
         }
 
@@ -223,5 +224,6 @@ def _record_row(record: SessionRecord) -> dict[str, Any]:
         "reason": record.reason,
         "by": record.by,
         "calls_running": 0,
+        "calls_waiting": 0,
         "lowered": [],
     }

@@ -14,22 +14,25 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from sandboxd.audit import JSON, AuditLog
 from sandboxd.broker import descriptors
+from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.capture import Capture, Progress, Stream
+from sandboxd.broker.failures import describe, first
 from sandboxd.broker.gate import Busy, Gate
 from sandboxd.broker.launch import Prepared, prepare
+from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of
+from sandboxd.broker.session import Session
 from sandboxd.errors import Denied, KernelError, SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
-from sandboxd.policy.model import Agent, Config, SecretSpec, Tool
+from sandboxd.policy.model import SecretSpec, Tool
 from sandboxd.policy.toolcheck import check_program
 from sandboxd.secret import Secret
 from sandboxd.vault.vault import Sealed, Snapshot, Vault
@@ -48,31 +51,6 @@ _LONGEST_NAME = 80
 _DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
-
-
-class Session(Protocol):
-    """What a call needs to know of the session that makes it."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def config(self) -> Config:
-        """The configuration in force when the session started: a reload changes nothing for it."""
-        ...
-
-    @property
-    def agent(self) -> Agent: ...
-    @property
-    def snapshot(self) -> Snapshot: ...
-    @property
-    def workspace(self) -> Path | None: ...
-    @property
-    def overlay(self) -> int:
-        """The mount namespace of the workspace's copy-on-write view, or -1."""
-        ...
-
-    @property
-    def uid(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -100,6 +78,17 @@ class _Live:
     capture: Capture | None = None
     exit: Exit | None = None
     alive: bool = False
+    asking: bool = False
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A call that an operator is to be asked about, with all that it takes to run it."""
+
+    waiting: Waiting
+    decision: Decision
+    chosen: Sequence[tuple[SecretSpec, Sealed]]
+    progress: Progress | None
 
 
 class Calls:
@@ -113,9 +102,11 @@ class Calls:
         launcher: Launcher,
         uids: UidPool,
         bounds: Bounds | None = None,
+        approvals: Approvals | None = None,
     ) -> None:
         self._vault, self._audit = vault, audit
         self._launcher, self._uids = launcher, uids
+        self.approvals = approvals or Approvals(audit)
         bounds = bounds or Bounds()
         self._gate = Gate(
             total=bounds.total,
@@ -134,7 +125,10 @@ class Calls:
 
     def running(self, session_id: str | None = None) -> int:
         """How many calls are alive, of one session or of all."""
-        return sum(session_id in (None, live.session.id) for live in self._live.values())
+        return sum(
+            session_id in (None, live.session.id) and not live.asking
+            for live in self._live.values()
+        )
 
     async def call(
         self,
@@ -149,17 +143,19 @@ class Calls:
         Being cancelled kills the tree and still writes the last record. ``progress`` gets the
         bytes printed so far and the newest text.
         """
+        live: _Live | None = None
         try:
             async with self._gate.slot(session.id):
                 live = _Live(_new_id(), session, tool[:_LONGEST_NAME], trio.current_time())
                 self._live[live.id] = live
-                try:
-                    return await self._decide(live, arguments, progress)
-                finally:
-                    del self._live[live.id]
-                    live.ended.set()
+                result = await self._decide(live, arguments, progress)
+            return await self._ask(live, result) if isinstance(result, _Asked) else result
         except Busy as busy:
             return CallResult("busy", message=busy.message, hint=busy.hint)
+        finally:
+            if live is not None:
+                del self._live[live.id]
+                live.ended.set()
 
     async def cancel_using(self, agent: str, name: str, up_to: int) -> int:
         """End the calls that hold a version of the variable up to ``up_to``; how many there were.
@@ -190,18 +186,49 @@ class Calls:
             await live.ended.wait()
         return len(calls)
 
+    async def _ask(self, live: _Live, asked: _Asked) -> CallResult:
+        """Wait for an operator, without a slot; what was approved gets one and runs."""
+        session, decision, answer = live.session, asked.decision, None
+        async with contextlib.AsyncExitStack() as slot:
+            live.asking = True
+            try:
+                with live.scope:
+                    answer = await self.approvals.wait(
+                        asked.waiting,
+                        then=lambda: slot.enter_async_context(self._gate.slot(session.id)),
+                        why=lambda: live.reason or "its client took it back or left",
+                        progress=asked.progress,
+                    )
+            except StoreError as error:
+                return _unrecorded(live, error)
+            live.asking = False
+            if answer is None:
+                message = f"the call was ended: {live.reason}"
+                return CallResult("cancelled", live.id, message=message)
+            if not answer.approved:
+                return refused_by(answer, live.id, live.tool, decision.rule)
+            late, live.scope = live.scope.cancel_called, trio.CancelScope()
+            if late:
+                live.scope.cancel()
+            live.began = trio.current_time()
+            return await self._run(live, decision, asked.chosen, asked.progress)
+
     async def _decide(
         self, live: _Live, arguments: Mapping[str, Any], progress: Progress | None
-    ) -> CallResult:
+    ) -> CallResult | _Asked:
         """Decide and record; what was allowed and recorded goes on to run."""
         session = live.session
         decision = decide(session.config, session.agent, live.tool, arguments)
         chosen, missing, revoked = self._choose(decision, session.snapshot)
         verdict, reason = decision.verdict, decision.reason
-        if verdict == "allow" and revoked:
+        if verdict != "deny" and revoked:
             verdict, reason = "deny", f"the variable {', '.join(revoked)} was revoked"
-        elif verdict == "allow" and missing:
+        elif verdict != "deny" and missing:
             verdict, reason = "deny", f"{session.agent.slug} has no variable {', '.join(missing)}"
+        asking = None
+        if verdict == "ask":
+            asking = self.approvals.begin(live.id, session, decision, arguments, chosen)
+            verdict, reason = asking.verdict, asking.reason
         if verdict == "deny" and not self._may_deny(session.id):
             raise Busy(
                 f"this session was denied {_DENIALS} calls within a minute",
@@ -219,21 +246,22 @@ class Calls:
                 decision=verdict,
                 rule=decision.rule,
                 reason=reason,
-                injected=injected if verdict == "allow" else [],
+                injected=injected if verdict != "deny" else [],
+                **(asking.recorded if asking else {}),
             )
         except StoreError as error:
-            log.error("call %s refused: the audit log can't be written", live.id)
-            return CallResult(
-                "failed",
-                live.id,
-                message="nothing runs while the audit log can't be written",
-                hint=error.hint or "tell the operator; sandboxctl audit verify says more",
-            )
+            self.approvals.release(asking)
+            return _unrecorded(live, error)
+        except BaseException:
+            self.approvals.release(asking)
+            raise
         if verdict == "deny":
             hint = decision.hint
-            if decision.allowed and missing and not revoked:
+            if decision.verdict != "deny" and missing and not revoked:
                 hint = f"the operator can: sandboxctl env set {session.agent.slug} {missing[0]}"
             return CallResult("denied", live.id, message=reason, hint=hint, rule=decision.rule)
+        if asking and asking.waiting:
+            return _Asked(asking.waiting, decision, chosen, progress)
         return await self._run(live, decision, chosen, progress)
 
     def _choose(
@@ -243,7 +271,7 @@ class Calls:
         chosen: list[tuple[SecretSpec, Sealed]] = []
         missing: list[str] = []
         revoked: list[str] = []
-        for spec in decision.inject if decision.allowed else ():
+        for spec in decision.inject if decision.verdict != "deny" else ():
             sealed = snapshot.variables.get(spec.variable)
             if sealed is not None and self._vault.is_revoked(sealed):
                 revoked.append(str(spec.variable))
@@ -267,6 +295,7 @@ class Calls:
     def forget(self, session_id: str) -> None:
         """The session is over: nothing of it is kept."""
         self._denials.pop(session_id, None)
+        self.approvals.forget(session_id)
 
     async def _run(
         self,
@@ -283,7 +312,7 @@ class Calls:
             if live.scope.cancelled_caught:
                 result = replace(result, message=f"the call was ended: {live.reason}")
         except* SandboxdError as group:
-            error = _first(group)
+            error = first(group)
             outcome: Outcome = "denied" if isinstance(error, Denied) else "failed"
             reason, hint = error.message, error.hint
             if isinstance(error, KernelError):
@@ -293,7 +322,7 @@ class Calls:
             message = f"{live.tool} could not run: {reason}"
             result = CallResult(outcome, live.id, message=message, hint=hint)
         except* OSError as group:  # of our own pipes and files: says nothing of the tool's
-            reason = _first(group).strerror or "an operating system error"
+            reason = first(group).strerror or "an operating system error"
             log.error("call %s failed: %s", live.id, reason)
             result = CallResult(
                 "failed",
@@ -303,7 +332,7 @@ class Calls:
             )
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
             # No traceback: exceptions quote what they choke on, and that can be a secret.
-            log.error("call %s failed: %s", live.id, _describe(_first(group)))
+            log.error("call %s failed: %s", live.id, describe(first(group)))
             result = CallResult(
                 "failed",
                 live.id,
@@ -342,7 +371,7 @@ class Calls:
             )
             ended = trio.CancelScope()
             live.capture = Capture(
-                {spec.variable: secret for spec, secret in unsealed},
+                {spec.variable: secret for spec, secret in unsealed if spec.redact},
                 limit=decision.output_limit,
                 kill=tool.on_overflow == "kill",
                 on_overflow=ended.cancel,
@@ -470,6 +499,16 @@ async def _end(live: _Live, process: Process) -> None:
         live.alive = False
 
 
+def _unrecorded(live: _Live, error: StoreError) -> CallResult:
+    log.error("call %s refused: the audit log can't be written", live.id)
+    return CallResult(
+        "failed",
+        live.id,
+        message="nothing runs while the audit log can't be written",
+        hint=error.hint or "tell the operator; sandboxctl audit verify says more",
+    )
+
+
 def _who(live: _Live) -> dict[str, Any]:
     session = live.session
     return {"agent": session.agent.slug, "session": session.id, "tool": live.tool, "call": live.id}
@@ -477,20 +516,3 @@ def _who(live: _Live) -> dict[str, Any]:
 
 def _new_id() -> str:
     return "c-" + random.token_hex(8)
-
-
-def _first(group: BaseExceptionGroup[Any]) -> Any:
-    """The first plain exception in nested groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def _describe(error: BaseException) -> str:
-    """An unexpected exception by its class and place only: its text may quote a secret."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    where = f" at {Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}" if frame else ""
-    return type(error).__name__ + where

@@ -17,7 +17,7 @@ from sandboxd.errors import SandboxdError
 
 __all__ = ["Node", "add", "nodes"]
 
-_KINDS = ("agents", "tools", "sessions", "variables")
+_KINDS = ("agents", "tools", "sessions", "variables", "approvals")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def print_names(args: argparse.Namespace) -> int:
                 names = [row["name"] for row in daemon.call("tools.list")["tools"]]
             elif args.kind == "sessions":
                 names = [row["id"] for row in daemon.call("session.list", all=False)["sessions"]]
+            elif args.kind == "approvals":
+                names = [row["id"] for row in daemon.call("approvals.list")["approvals"]]
             elif args.agent:
                 rows = daemon.call("env.list", agent=args.agent)["variables"]
                 names = [row["name"] for row in rows]

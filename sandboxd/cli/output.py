@@ -23,7 +23,9 @@ __all__ = [
     "amount",
     "clean",
     "colour",
+    "columns",
     "fields",
+    "first_line",
     "note",
     "print_json",
     "set_up",
@@ -52,9 +54,12 @@ def set_up() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def print_json(value: Any, *, line: bool = False) -> None:
-    """A value for programs; ``line`` keeps it on one line and sends it off at once."""
-    print(json.dumps(value, indent=None if line else 2, ensure_ascii=False), flush=line)
+def print_json(value: Any, *, line: bool = False, ascii: bool = False) -> None:
+    """A value for programs; ``line`` keeps it on one line and sends it off at once.
+
+    ``ascii`` is for what an agent wrote: everything else is ``\\uXXXX``, on a terminal too.
+    """
+    print(json.dumps(value, indent=None if line else 2, ensure_ascii=ascii), flush=line)
 
 
 def table(rows: Iterable[Sequence[str]], headings: Sequence[str], *, empty: str) -> None:
@@ -64,7 +69,7 @@ def table(rows: Iterable[Sequence[str]], headings: Sequence[str], *, empty: str)
         note(empty)
         return
     widths = [max(len(row[n]) for row in (headings, *cells)) for n in range(len(headings))]
-    limit = _columns() if sys.stdout.isatty() else 0
+    limit = columns() if sys.stdout.isatty() else 0
     print(colour(_aligned(headings, widths, limit), "bold"))
     for row in cells:
         print(_aligned(row, widths, limit))
@@ -78,6 +83,12 @@ def fields(pairs: Sequence[tuple[str, Any]]) -> None:
         for n, item in enumerate(items or ["none"]):
             label = (name if n == 0 else "").ljust(width)
             print(f"{colour(label, 'bold')}  {clean(str(item))}".rstrip())
+
+
+def first_line(text: str) -> str:
+    """A text's first line, marked where there is more."""
+    first, _, more = text.strip().partition("\n")
+    return f"{first} …" if more else first
 
 
 def note(text: str) -> None:
@@ -153,7 +164,8 @@ def _aligned(row: Sequence[str], widths: Sequence[int], limit: int) -> str:
     return line[: limit - 1] + "…" if limit and len(line) > limit else line
 
 
-def _columns() -> int:
+def columns() -> int:
+    """The terminal's width; 0 where standard output is none."""
     try:
         return os.get_terminal_size(1).columns
     except OSError:

@@ -10,7 +10,7 @@ from typing import Any
 from sandboxd.cli import output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command, group
-from sandboxd.errors import Invalid
+from sandboxd.errors import Conflict, Denied, Invalid
 
 __all__ = ["add"]
 
@@ -24,7 +24,8 @@ def add(commands: Commands, name: str, line: str) -> None:
         help="decide about a tool call without running it",
         description="Decide about a call exactly as a live one would be: the verdict, the rule "
         "that made it with its file and line, the command line that would run, and the names of "
-        "the variables that it would be given. Exits with 4 when the call would be denied.",
+        "the variables that it would be given. Exits with 4 when the call would be denied, with 5 "
+        "when it would wait for an operator.",
         examples=[
             (
                 "sandboxctl policy explain reporter http_request "
@@ -47,10 +48,11 @@ def explain(args: argparse.Namespace) -> int:
     arguments = _parsed(text)
     with connect(args) as daemon:
         got = daemon.call("policy.explain", agent=args.agent, tool=args.tool, arguments=arguments)
-    allowed = got["verdict"] == "allow"
+    status = {"allow": 0, "ask": Conflict.exit_code}.get(got["verdict"], Denied.exit_code)
     if args.json:
         output.print_json(got)
-        return 0 if allowed else 4
+        return status
+    waits = got.get("approval_timeout")
     output.fields(
         [
             ("verdict", got["verdict"]),
@@ -58,6 +60,7 @@ def explain(args: argparse.Namespace) -> int:
             ("reason", got.get("reason") or "-"),
             ("runs", json.dumps(got.get("argv") or [], ensure_ascii=False)),
             ("injects", [_injected(item) for item in got.get("inject") or []]),
+            *([("waits", f"for an operator, {waits:g} s at most")] if waits else []),
             ("network", got.get("network") or "-"),
             (
                 "limits",
@@ -66,7 +69,7 @@ def explain(args: argparse.Namespace) -> int:
             ("isolation", [_layer(layer) for layer in got.get("isolation") or []]),
         ]
     )
-    return 0 if allowed else 4
+    return status
 
 
 def _parsed(text: str) -> Any:
@@ -93,7 +96,8 @@ def _limits(limits: dict[str, Any]) -> list[str]:
 
 def _injected(item: dict[str, Any]) -> str:
     name, delivery = item.get("as") or item["variable"], item.get("delivery", "env")
-    return f"{item['variable']} as {name} ({delivery})"
+    shown = "" if item.get("redact", True) else ", shown in output"
+    return f"{item['variable']} as {name} ({delivery}{shown})"
 
 
 def _layer(layer: Any) -> str:

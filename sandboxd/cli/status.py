@@ -61,6 +61,7 @@ def status(args: argparse.Namespace) -> int:
             ("master key", got["key_custody"]),
             ("sessions", got["sessions"]),
             ("calls running", got["calls"]),
+            ("calls to approve", got["approvals"]),
             ("warnings", got["warnings"]),
         ]
     )

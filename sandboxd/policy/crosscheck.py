@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from sandboxd import names
+from sandboxd.errors import Invalid
 from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.definitions import exposed
+from sandboxd.policy.files import Trust
 from sandboxd.policy.mcpserver import SEPARATOR
-from sandboxd.policy.model import Agent, Mount, Policy
+from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy
 from sandboxd.policy.policyfile import Written
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.toolcheck import check_environment, check_mounts
@@ -64,15 +68,8 @@ def check_settings(loaded: Loaded, problems: Problems) -> None:
                 document.at(("key",)),
                 "expected exactly one of file, credential and passphrase",
             )
-        if key.credential is not None and (
-            not key.credential or "/" in key.credential or key.credential.startswith(".")
-        ):
-            problems.add(
-                document.file,
-                document.at(("key", "credential")),
-                "expected a credential's name",
-                "it is a file in $CREDENTIALS_DIRECTORY",
-            )
+        if key.credential is not None:
+            _check_credential(key.credential, ("key", "credential"), document, problems)
     uids = settings.uid_range
     # 0xFFFF and 0xFFFFFFFF are no users (setreuid(2)); below 65536 are the host's own.
     if uids.first < 65_536 or uids.first + uids.count > 0x7FFF_FFFF:
@@ -80,6 +77,56 @@ def check_settings(loaded: Loaded, problems: Problems) -> None:
             document.file,
             document.at(("uid_range",)),
             "expected a range of user ids between 65536 and 2147483646",
+        )
+    _check_hooks(settings.approvals, document, problems)
+
+
+def _check_hooks(approvals: ApprovalSettings, document: Document, problems: Problems) -> None:
+    """Who is told of a call that waits: a server that can be trusted, a program that is ours."""
+    webhook, command = approvals.webhook, approvals.command
+    if webhook is not None:
+        place: Place = ("approvals", "webhook")
+        if webhook.secret_file is not None and webhook.credential is not None:
+            problems.add(
+                document.file,
+                document.at(place),
+                "expected at most one of secret_file and credential",
+            )
+        if webhook.credential is not None:
+            _check_credential(webhook.credential, (*place, "credential"), document, problems)
+        url = urlsplit(webhook.url)
+        if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            problems.warn(
+                document.file,
+                document.at((*place, "url")),
+                "http: others on the way can read and change what is posted; use https",
+            )
+    if command is not None:
+        program = command.argv[0] if command.argv else ""
+        refusal = ""
+        if not program.startswith("/"):
+            refusal = "expected a program by its absolute path, then its arguments"
+        elif not os.access(program, os.X_OK) or not Path(program).is_file():
+            refusal = f"{program} is not a program"
+        elif untrusted := Trust().refusal(os.path.realpath(program)):
+            refusal = f"can't be trusted: {untrusted}"
+        if refusal:
+            problems.add(document.file, document.at(("approvals", "command", "argv")), refusal)
+        for name, value in command.environment.items():
+            try:
+                names.variable_value(names.variable_name(name), value.encode(errors="replace"))
+            except Invalid as refused:
+                at = document.key_at(("approvals", "command", "environment", name))
+                problems.add(document.file, at, refused.message, refused.hint)
+
+
+def _check_credential(name: str, at: Place, document: Document, problems: Problems) -> None:
+    if not name or "/" in name or name.startswith("."):
+        problems.add(
+            document.file,
+            document.at(at),
+            "expected a credential's name",
+            "it is a file in $CREDENTIALS_DIRECTORY",
         )
 
 
@@ -156,6 +203,7 @@ def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
     kinds: tuple[tuple[str, str, set[str]], ...] = (
         ("allow", "tool", tools),
         ("deny", "tool", tools),
+        ("ask", "tool", tools),
         ("agents", "agent", {*loaded.agents, *loaded.broken["agents"]}),
     )
     for index, rule in enumerate(written.file.rules):
@@ -177,11 +225,9 @@ def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
                     problems.warn(
                         document.file, document.at(path), f"'{pattern}' matches no {kind}"
                     )
-        chosen = rule.allow or rule.deny
-        for name in rule.when if chosen else ():
-            _check_argument(
-                name, chosen.patterns if chosen else (), index, document, loaded, problems
-            )
+        patterns = rule.chosen[1].patterns if rule.chosen else ()
+        for name in rule.when if patterns else ():
+            _check_argument(name, patterns, index, document, loaded, problems)
 
 
 def _check_argument(
@@ -273,6 +319,14 @@ def _check_reach(
         for what, own in _own(loaded, directory):
             if _overlap(place, own):
                 problems.add(document.file, document.at(path), f"{place} would show {what}, {own}")
+        command = loaded.settings.approvals.command
+        command_program = Path(command.argv[0]) if command and command.argv else None
+        if writable and command_program is not None and _overlap(place, command_program):
+            problems.add(
+                document.file,
+                document.at(path),
+                f"{place} would let an agent change the program that operators are told by",
+            )
         for name, program in _programs(loaded) if writable else ():
             if _overlap(place, program):
                 problems.add(
@@ -302,6 +356,9 @@ def _own(loaded: Loaded, directory: Path) -> Iterator[tuple[str, Path]]:
     for path in (key.file, key.passphrase_file) if key else ():
         if path is not None:
             yield "the master key", Path(path)
+    webhook = loaded.settings.approvals.webhook
+    if webhook is not None and webhook.secret_file is not None:
+        yield "the webhook's secret", Path(webhook.secret_file)
 
 
 def _overlap(one: Path, other: Path) -> bool:

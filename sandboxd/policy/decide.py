@@ -2,6 +2,7 @@
 
 The order: the agent's own list of tools, the arguments against the manifest, the policy's rules
 (the first that matches decides, none is a denial), the policy's ceilings, the argument vector.
+An allowing rule asks an operator where the manifest wants that, unless it says ``approved``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 
@@ -29,10 +30,14 @@ from sandboxd.policy.model import (
     Rule,
     SecretSpec,
     Tool,
+    Verdict,
 )
 from sandboxd.policy.template import Refused, fill, value_text
 
 __all__ = ["Decision", "SessionTerms", "decide", "launch_terms", "session_terms"]
+
+#: Seconds that a call waits for an operator where no policy says how long.
+DEFAULT_APPROVAL_TIMEOUT = 300.0
 
 _ACCESS: tuple[Access, ...] = typing.get_args(Access)
 
@@ -43,9 +48,11 @@ class Decision:
 
     When allowed, ``tool`` is the tool as it may run now: its network, workspace, timeout and
     output limit already narrowed by the policy. ``argv`` holds the arguments without the program.
+    When an operator is to be asked it says the same, of the call as it would run once approved;
+    ``approval_timeout`` is how many seconds it may wait for that.
     """
 
-    verdict: Literal["allow", "deny"]
+    verdict: Verdict
     rule: str
     reason: str
     hint: str = ""
@@ -58,6 +65,7 @@ class Decision:
     workspace: Access = "none"
     timeout: float = 0.0
     output_limit: int = 0
+    approval_timeout: float = 0.0
     lowered: tuple[str, ...] = ()
 
     @property
@@ -77,7 +85,7 @@ class SessionTerms:
 
 
 def decide(config: Config, agent: Agent, tool_name: Any, arguments: Any) -> Decision:
-    """Allow or deny one call. Never raises: what can't be judged is denied."""
+    """Allow, deny or ask about one call. Never raises: what can't be judged is denied."""
     try:
         return _decide(config, agent, tool_name, arguments)
     except Exception:  # noqa: BLE001 - total by promise; a refusal is the only safe answer
@@ -176,10 +184,10 @@ def _decide(config: Config, agent: Agent, tool_name: Any, arguments: Any) -> Dec
         argv, stdin = fill(tool.argv, given), _stdin(tool, given)
     except Refused as refused_value:
         return Decision("deny", f"{tool.source} argv", str(refused_value), tool=tool)
-    return _allow(policy, agent, tool, rule, argv, stdin)
+    return _runnable(policy, agent, tool, rule, argv, stdin)
 
 
-def _allow(
+def _runnable(
     policy: Policy, agent: Agent, tool: Tool, rule: Rule, argv: tuple[str, ...], stdin: bytes | None
 ) -> Decision:
     workspace = lower_access(lower_access(tool.workspace, policy.workspace), agent.workspace.mode)
@@ -191,10 +199,15 @@ def _allow(
         timeout=min(tool.timeout, policy.timeout or tool.timeout),
         output_limit=min(tool.output_limit, policy.output_limit or tool.output_limit),
     )
+    verdict, reason = rule.verdict, rule.reason or f"policy {policy.name} allows it"
+    if verdict == "ask":
+        reason = rule.reason or f"policy {policy.name} wants an operator's approval"
+    elif tool.approval == "ask" and not rule.approved:
+        verdict, reason = "ask", f"{tool.source} wants an operator's approval"
     return Decision(
-        "allow",
+        verdict,
         rule.title,
-        rule.reason or f"policy {policy.name} allows it",
+        reason,
         tool=narrowed,
         argv=argv,
         stdin=stdin,
@@ -204,6 +217,7 @@ def _allow(
         workspace=workspace,
         timeout=narrowed.timeout,
         output_limit=narrowed.output_limit,
+        approval_timeout=policy.approval_timeout or DEFAULT_APPROVAL_TIMEOUT,
         lowered=("network",) if tool.network == "host" else (),
     )
 
@@ -241,13 +255,13 @@ def _matches(rule: Rule, agent: Agent, tool: Tool, arguments: Mapping[str, Any])
 
 
 def _holds(condition: Condition, value: Any, verdict: str) -> bool:
-    """Of a list, an allowing rule wants every element to match, a denying rule any one."""
+    """Of a list, an allowing rule wants every element to match, any other rule any one."""
     if condition.glob is not None and isinstance(value, list):
         results = [_holds(condition, inner, verdict) for inner in value]
         return (bool(results) and all(results)) if verdict == "allow" else any(results)
     if condition.glob is not None:
         if value is None or isinstance(value, dict):  # no text to compare: take the safe side
-            return verdict == "deny"
+            return verdict != "allow"
         return matches_glob(condition.glob, value_text(value))
     return any(_same(value, one) for one in condition.any_of)
 

@@ -30,6 +30,7 @@ from sandboxd.policy.values import (
     Slug,
     ToolName,
     VariableName,
+    WebAddress,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Agent",
     "Annotations",
+    "ApprovalSettings",
+    "CommandHook",
     "Condition",
     "Config",
     "Key",
@@ -50,10 +53,13 @@ __all__ = [
     "Stdin",
     "Tool",
     "UidRange",
+    "Webhook",
     "Workspace",
 ]
 
 Network = Literal["none", "host"]
+#: What becomes of a call: it runs, it doesn't, or an operator is asked first.
+Verdict = Literal["allow", "deny", "ask"]
 #: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
 Access = Literal["none", "ro", "overlay", "rw"]
 Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
@@ -163,6 +169,37 @@ class UidRange:
 
 
 @attrs.frozen
+class Webhook:
+    """Where each question to an operator is posted. ``secret_file`` or ``credential`` signs it."""
+
+    url: WebAddress
+    secret_file: AbsolutePath | None = None
+    credential: str | None = None
+    ca_file: AbsolutePath | None = None
+    timeout: Duration = Duration(10.0)
+    arguments: bool = False
+
+
+@attrs.frozen
+class CommandHook:
+    """A program of the operator's that is told of each question, on its standard input."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = attrs.field(factory=_empty)
+    timeout: Duration = Duration(10.0)
+
+
+@attrs.frozen
+class ApprovalSettings:
+    """How many calls may wait for an operator, and who is told that one does."""
+
+    max_waiting: Count = Count(64)
+    max_waiting_per_session: Count = Count(8)
+    webhook: Webhook | None = None
+    command: CommandHook | None = None
+
+
+@attrs.frozen
 class Settings:
     """sandboxd.yaml."""
 
@@ -173,6 +210,7 @@ class Settings:
     max_sessions: Count = Count(64)
     max_concurrent_calls: Count = Count(16)
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
+    approvals: ApprovalSettings = ApprovalSettings()
 
 
 @attrs.frozen
@@ -221,13 +259,14 @@ class SecretSpec:
 
     ``env``: in the environment as ``as_name``. ``file``: at /run/secrets/``as_name``. ``fd``: on a
     descriptor whose number stands in the environment variable ``as_name``. ``stdin``: it is the
-    whole standard input.
+    whole standard input. ``redact`` is false for a plain setting, which output may show.
     """
 
     variable: VariableName
     as_name: str = attrs.field(default="", metadata={"key": "as"})
     delivery: Literal["env", "file", "stdin", "fd"] = "env"
     required: bool = True
+    redact: bool = True
 
 
 @attrs.frozen
@@ -274,6 +313,7 @@ class Tool:
     output_limit: Size = Size(1 << 20)
     on_overflow: Literal["truncate", "kill"] = "truncate"
     limits: Limits = Limits()
+    approval: Literal["none", "ask"] = "none"
     annotations: Annotations = Annotations()
     replaces: Literal["shipped"] | None = None
     directory: Path = _loaded(Path())
@@ -295,12 +335,14 @@ class Condition:
 class Rule:
     """One line of a policy: it matches by tool, agent and arguments, and then it decides."""
 
-    verdict: Literal["allow", "deny"]
+    verdict: Verdict
     tools: tuple[Glob, ...]
     agents: tuple[Glob, ...] = (Glob("*"),)
     when: Mapping[str, Condition] = attrs.field(factory=_empty)
     reason: str = ""
     source: str = ""
+    #: An allowing rule that stands in for the approval which a manifest asks for.
+    approved: bool = False
 
     @property
     def title(self) -> str:
@@ -323,6 +365,7 @@ class Policy:
     agent_limits: Limits = Limits()
     timeout: Duration | None = None
     output_limit: Size | None = None
+    approval_timeout: Duration | None = None
     require: tuple[Feature, ...] = ()
     source: str = _loaded("")
     shipped: bool = _loaded(False)

@@ -18,6 +18,7 @@ from sandboxd.policy.model import (
     Network,
     Policy,
     Rule,
+    Verdict,
     least,
 )
 from sandboxd.policy.problems import Problems
@@ -40,13 +41,22 @@ def _none() -> Mapping[str, Any]:
 
 @attrs.frozen
 class RuleFile:
-    """One rule as it is written: exactly one of ``allow`` and ``deny``."""
+    """One rule as it is written: exactly one of ``allow``, ``deny`` and ``ask``."""
 
     allow: Globs | None = None
     deny: Globs | None = None
+    ask: Globs | None = None
     agents: Globs = Globs((Glob("*"),))
     when: Mapping[str, Condition] = attrs.field(factory=_none)
     reason: Line = Line("")
+    approved: bool = False
+
+    @property
+    def chosen(self) -> tuple[Verdict, Globs] | None:
+        """What it does and to which tools; None unless it says exactly one thing."""
+        kinds: tuple[Verdict, ...] = ("allow", "deny", "ask")
+        stated = [(kind, globs) for kind in kinds if (globs := getattr(self, kind)) is not None]
+        return stated[0] if len(stated) == 1 else None
 
 
 @attrs.frozen
@@ -63,6 +73,7 @@ class PolicyFile:
     agent_limits: Limits = Limits()
     timeout: Duration | None = None
     output_limit: Size | None = None
+    approval_timeout: Duration | None = None
     require: tuple[Feature, ...] = ()
 
 
@@ -136,6 +147,7 @@ def _resolve(
         agent_limits=base.agent_limits.narrowed(file.agent_limits),
         timeout=least(file.timeout, base.timeout),
         output_limit=least(file.output_limit, base.output_limit),
+        approval_timeout=least(file.approval_timeout, base.approval_timeout),
         require=tuple(dict.fromkeys((*base.require, *file.require))),
         source=written.label,
         shipped=written.shipped,
@@ -180,19 +192,26 @@ def _rules(written: Written, problems: Problems) -> tuple[Rule, ...]:
     document = written.document
     for index, rule in enumerate(written.file.rules):
         at = document.at(("rules", index))
-        if (rule.allow is None) == (rule.deny is None):
-            problems.add(document.file, at, "expected exactly one of allow and deny in a rule")
+        if rule.chosen is None:
+            problems.add(document.file, at, "expected exactly one of allow, deny and ask in a rule")
             continue
-        chosen = rule.allow or rule.deny
-        assert chosen is not None
+        verdict, tools = rule.chosen
+        if rule.approved and verdict != "allow":
+            problems.add(
+                document.file,
+                document.at(("rules", index, "approved")),
+                f"approved: true in a rule that says {verdict}",
+                "it belongs to allow: the tools it names need no operator's approval",
+            )
         rules.append(
             Rule(
-                "allow" if rule.allow else "deny",
-                chosen.patterns,
+                verdict,
+                tools.patterns,
                 rule.agents.patterns,
                 rule.when,
                 rule.reason,
                 f"{written.label}:{at.line}",
+                rule.approved,
             )
         )
     return tuple(rules)

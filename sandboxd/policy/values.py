@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NewType
+from urllib.parse import urlsplit
 
 from sandboxd import names
 from sandboxd.errors import Invalid
@@ -32,6 +33,7 @@ __all__ = [
     "Slug",
     "ToolName",
     "VariableName",
+    "WebAddress",
     "Wrong",
     "checks",
     "choice",
@@ -54,6 +56,7 @@ Ask = NewType("Ask", bool)
 Digest = NewType("Digest", str)
 RemoteName = NewType("RemoteName", str)
 ServerName = NewType("ServerName", str)
+WebAddress = NewType("WebAddress", str)
 
 MAX_SIZE = 1 << 50
 MAX_DURATION = 366 * 86_400.0
@@ -234,6 +237,22 @@ def program_path(value: Any) -> ProgramPath:
     return ProgramPath(Path(words))
 
 
+def web_address(value: Any) -> WebAddress:
+    """An http or https URL of a host, without a user name: what is in it is shown and logged."""
+    words = text(value)
+    try:
+        url = urlsplit(words)
+        port = url.port
+    except ValueError:
+        raise Wrong("expected the URL of a web server", "write https://host/path") from None
+    plain = words.isascii() and words.isprintable() and " " not in words
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0 or not plain:
+        raise Wrong("expected the URL of a web server", "write https://host/path")
+    if url.username is not None or url.fragment:
+        raise Wrong("a URL with a user name or a fragment", "sign the requests with secret_file")
+    return WebAddress(words)
+
+
 def glob(value: Any) -> Glob:
     """A tool or agent name in which ``*`` stands for any run of characters."""
     words = text(value)
@@ -276,6 +295,7 @@ checks: dict[Any, Callable[[Any], Any]] = {
     Digest: digest,
     RemoteName: _named(names.mcp_tool_name),
     ServerName: _named(names.server_name),
+    WebAddress: web_address,
     Slug: _named(names.agent_slug),
     ToolName: _named(names.tool_name),
     VariableName: _named(names.variable_name),

@@ -99,6 +99,15 @@ async def test_a_secret_delivered_on_stdin_is_all_of_it(broker: Broker) -> None:
     assert result.stdout.decode().split()[0] == hashlib.sha256(b"line one\nline two").hexdigest()
 
 
+async def test_a_variable_that_is_a_plain_setting_is_shown_and_its_neighbour_is_not(
+    broker: Broker,
+) -> None:
+    broker.set(MODE="read-write", TOKEN="s3cret-value")
+    secrets = [*secret("MODE", redact=False), *secret()]
+    result = await broker.run('echo "$MODE $TOKEN"', secrets=secrets)
+    assert result.stdout == b"read-write [redacted:TOKEN]\n"
+
+
 async def test_secrets_delivered_on_descriptors_are_named_by_the_environment(
     broker: Broker,
 ) -> None:

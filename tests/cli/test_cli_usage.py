@@ -44,7 +44,7 @@ def test_every_command_explains_itself_with_examples(node: Node) -> None:
 
 def test_the_contract_of_commands_is_there() -> None:
     assert {words(node) for node in LEAVES} >= {
-        *("status", "reload", "run", "agents", "tools", "doctor", "demo", "init", "install"),
+        *("status", "reload", "run", "agents", "tools list", "doctor", "demo", "init", "install"),
         *("session start", "session list", "session show", "session stop", "session logs"),
         *("env list", "env set", "env remove", "env import", "audit tail", "audit verify"),
         *("policy explain", "config check", "completion"),
@@ -191,8 +191,11 @@ def test_agents_and_tools_are_listed_with_what_they_may_have(daemon: Ctl) -> Non
     (agent,) = [a for a in daemon.json("agents")["agents"] if a["slug"] == "sh"]
     assert agent["tools"] == ["shell", "http_request"]
     assert "runs what a test says" in daemon("agents").stdout
-    everything = {tool["name"] for tool in daemon.json("tools")["tools"]}
+    everything = {tool["name"] for tool in daemon.json("tools", "list")["tools"]}
     assert everything >= {"shell", "http_request", "git", "sql_query"}
-    assert {t["name"] for t in daemon.json("tools", "sh")["tools"]} == {"shell", "http_request"}
-    assert daemon("tools", "other").stderr == "other has no tools\n"
-    assert "no agent 'nobody'" in daemon("tools", "nobody", status=3).stderr
+    assert {t["name"] for t in daemon.json("tools", "list", "sh")["tools"]} == {
+        "shell",
+        "http_request",
+    }
+    assert daemon("tools", "list", "other").stderr == "other has no tools\n"
+    assert "no agent 'nobody'" in daemon("tools", "list", "nobody", status=3).stderr

@@ -11,8 +11,11 @@ import pytest
     ("text", "problem"),
     [
         ("rules: {allow: echo}\n", "3:8: rules: expected a list, found a mapping"),
-        ("rules: [{}]\n", "3:9: expected exactly one of allow and deny in a rule"),
-        ("rules: [{allow: echo, deny: echo}]\n", "3:9: expected exactly one of allow and deny"),
+        ("rules: [{}]\n", "3:9: expected exactly one of allow, deny and ask in a rule"),
+        (
+            "rules: [{allow: echo, deny: echo}]\n",
+            "3:9: expected exactly one of allow, deny and ask",
+        ),
         ("rules: [{allow: []}]\n", "3:17: rules[0].allow: expected at least one name or pattern"),
         ("rules: [{allow: Echo}]\n", "3:17: rules[0].allow: expected a name or a pattern with *"),
         ("rules: [{allow: [echo, 3]}]\n", "3:24: rules[0].allow[1]: expected text"),
