@@ -108,7 +108,7 @@ def launch_terms(config: Config, agent: Agent, tool: Tool) -> Decision:
     except Refused as problem:
         return Decision("deny", f"{tool.source} argv", str(problem), tool=tool)
     rule = Rule("allow", (), source=tool.source)
-    return _allow(policy, agent, tool, rule, argv, None)
+    return _runnable(policy, agent, tool, rule, argv, None)
 
 
 def session_terms(config: Config, agent: Agent) -> SessionTerms:
