@@ -130,9 +130,10 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         try:
-            await serve_session_socket(
-                session.socket, session, daemon.calls, task_status=task_status
-            )
+            async with daemon.calls.servers.attached(session):
+                await serve_session_socket(
+                    session.socket, session, daemon.calls, task_status=task_status
+                )
         finally:
             daemon.calls.forget(session.id)
 

@@ -24,6 +24,7 @@ from mcp.server.lowlevel import Server
 from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.exceptions import MCPError
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
+from pydantic import TypeAdapter
 
 from sandboxd import __version__
 from sandboxd.broker.calls import Calls, Session
@@ -31,6 +32,7 @@ from sandboxd.broker.jsonrpc import LineReader, Refused, error_reply, parse
 from sandboxd.broker.result import CallResult
 from sandboxd.errors import SandboxdError
 from sandboxd.names import shown
+from sandboxd.policy.mcpserver import McpTool
 from sandboxd.policy.model import Tool
 
 __all__ = ["refuse_connection", "serve_connection"]
@@ -50,6 +52,8 @@ _REFUSING = 2.0
 #: Lines longer than this are parsed in a thread, so that other sessions don't wait for them.
 _LARGE = 256 << 10
 _CHUNK = 65536
+
+_BLOCK: TypeAdapter[types.ContentBlock] = TypeAdapter(types.ContentBlock)
 
 _INSTRUCTIONS = (
     "These tools run outside your sandbox, some with credentials that you cannot see and need not "
@@ -140,26 +144,30 @@ def _describe(tool: Tool) -> types.Tool:
         title=hints.get("title"),
         description=tool.description,
         input_schema=dict(tool.input_schema),
+        output_schema=tool.result_schema if isinstance(tool, McpTool) else None,
         annotations=types.ToolAnnotations.model_validate(hints) if hints else None,
     )
 
 
 def _answer(result: CallResult) -> types.CallToolResult:
-    """Standard output, then standard error, then what people should know about the end."""
-    content: list[types.ContentBlock] = []
+    """What a server answered or a program printed, then what people should know about the end."""
+    content: list[types.ContentBlock] = [
+        _BLOCK.validate_python(block) for block in result.content or ()
+    ]
     for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
         if data:
             content.append(_block(name, data, result.call))
     explanation = result.message
     if result.hint:
         explanation += f"\nhint: {result.hint}"
-    if not explanation and not content:
+    if not explanation and not content and result.content is None:
         explanation = "(no output)"
     if explanation:
         content.append(types.TextContent(type="text", text=explanation))
     about = {"outcome": result.outcome, "call": result.call, "exit_code": result.exit_code}
     return types.CallToolResult(
         content=content,
+        structured_content=result.structured,
         is_error=result.outcome != "ok",
         _meta={f"sandboxd/{key}": value for key, value in about.items() if value not in ("", None)},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sandboxd.broker.capture import Capture
 from sandboxd.isolation.client import Exit
@@ -29,6 +29,9 @@ class CallResult:
     message: str = ""
     hint: str = ""
     rule: str = ""
+    #: What an MCP server answered, where one did: blocks as the protocol has them, and a structure.
+    content: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
+    structured: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def result_of(

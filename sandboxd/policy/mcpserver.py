@@ -80,6 +80,7 @@ class McpServer:
     output_limit: Size = Size(1 << 20)
     on_overflow: Literal["truncate", "kill"] = "truncate"
     limits: Limits = Limits()
+    approval: Literal["none", "ask"] = "none"
     source: str = attrs.field(default="", metadata={"loaded": True})
     #: The server as a program to launch; its schema and standard input mean nothing.
     launch: Tool = attrs.field(default=None, metadata={"loaded": True})
@@ -151,6 +152,7 @@ def complete_server(
         output_limit=server.output_limit,
         on_overflow=server.on_overflow,
         limits=server.limits,
+        approval=server.approval,
         directory=folder,
         source=label,
     )
