@@ -169,9 +169,9 @@ def test_a_leaking_sandbox_and_a_redactor_that_does_nothing_fail_the_demo(
 
 WITHOUT_REDACTION = """
 import sys
-from sandboxd.redact import Redactor
-Redactor.feed = lambda self, data: data
-Redactor.flush = lambda self: b""
+from sandboxd.redact import Streams
+Streams.feed = lambda self, name, data: [(name, data)]
+Streams.flush = lambda self, name, followed_by=b"": (b"", 0)
 from sandboxd.main import main
 sys.exit(main())
 """

@@ -16,7 +16,7 @@ PACKAGE = Path(sandboxd.__file__).parent
 
 #: Floors from the ground up. A module may import its own floor's folder and what lies below.
 FLOORS = (
-    ("errors", "secret", "names", "paths", "files", "visible"),
+    ("errors", "secret", "names", "paths", "files", "maskable", "visible"),
     ("service",),
     ("isolation",),
     ("privileges",),
@@ -33,6 +33,7 @@ FLOORS = (
     ("host",),
     ("doctor",),
     ("trial",),
+    ("authoring",),
     ("demo",),
     ("selftest",),
     ("cli",),
@@ -124,6 +125,7 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
             for name in (
                 "cgroup",
                 "cgroup_places",
+                "clocks",
                 "kernel",
                 "landlock",
                 "launcher",

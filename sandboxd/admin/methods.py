@@ -15,6 +15,7 @@ from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.session_methods import SessionMethods
+from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
 from sandboxd.policy import decide
 from sandboxd.running import Daemon
@@ -34,6 +35,7 @@ class Methods:
             **VariableMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
+            **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,

@@ -429,6 +429,7 @@ class Calls:
     async def _record_end(self, live: _Live, result: CallResult) -> None:
         """The last audit record and the time of use. Neither can change what happened."""
         capture, end = live.capture, live.exit
+        redacted = capture.redacted if capture else {}
         try:
             await self._audit.append(
                 "call.ended",
@@ -443,7 +444,8 @@ class Calls:
                 peak_kib=end.peak_kib if end else 0,
                 out_of_memory=end.oom if end else False,
                 output_bytes=capture.received if capture else 0,
-                redactions=capture.redactions if capture else 0,
+                redactions=sum(redacted.values()),
+                redacted=redacted,
             )
             await self._touch(live)
         except SandboxdError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import trio
 
-from sandboxd.redact import Redactor
+from sandboxd.redact import Matcher, Streams
 from sandboxd.secret import Secret
 
 __all__ = ["Capture", "Progress", "Stream"]
@@ -23,6 +23,8 @@ _PATIENCE = 64 << 20
 #: Seconds between two progress reports, and the characters of output that one carries at most.
 _PROGRESS_PAUSE = 0.1
 _PROGRESS_TEXT = 4096
+#: Seconds of silence after which what may become a secret is shown, if it is a few characters.
+_PATIENT = 0.2
 
 
 class Capture:
@@ -41,12 +43,14 @@ class Capture:
         on_overflow: Callable[[], None],
         progress: Progress | None = None,
     ) -> None:
-        self._redactors = {"stdout": Redactor(secrets), "stderr": Redactor(secrets)}
+        self._matcher = Matcher(secrets)
+        self._streams = Streams(self._matcher, ("stdout", "stderr"))
         self._kept = {"stdout": bytearray(), "stderr": bytearray()}
         self._room = limit
         self._most = limit if kill else limit + _PATIENCE
         self._on_overflow = on_overflow
         self._reports = _Reports(progress) if progress is not None else None
+        self._fed = trio.Event()
         self.received = 0
         self.truncated = False
         self.overflowed = False
@@ -60,8 +64,9 @@ class Capture:
         return bytes(self._kept["stderr"])
 
     @property
-    def redactions(self) -> int:
-        return sum(redactor.hits for redactor in self._redactors.values())
+    def redacted(self) -> dict[str, int]:
+        """How often which variable was masked."""
+        return dict(self._streams.counts)
 
     async def read(self, stream: Stream, source: trio.lowlevel.FdStream) -> None:
         """Take ``source`` to its end."""
@@ -72,12 +77,20 @@ class Capture:
     async def report(self) -> None:
         """Pass progress on until cancelled; a slow listener loses text, never holds the tool up."""
         if self._reports is not None:
-            await self._reports.run()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._relax)
+                await self._reports.run()
 
     def finish(self) -> None:
-        """The streams are over: give out what was held back, end cut text at a character."""
-        for stream, redactor in self._redactors.items():
-            self._keep(stream, redactor.flush())
+        """The streams are over: give out what was held back, end cut text at a character.
+
+        Whoever reads the result sees the beginning of stderr behind the end of stdout.
+        """
+        self._keep("stderr", self._streams.flush("stderr")[0])
+        behind = self._kept["stderr"]
+        rest, covered = self._streams.flush("stdout", bytes(behind[: self._matcher.reach]))
+        del behind[:covered]
+        self._keep("stdout", rest)
         if self.truncated:
             for kept in self._kept.values():
                 _trim(kept)
@@ -85,12 +98,28 @@ class Capture:
     def _take(self, stream: Stream, data: bytes) -> None:
         self.received += len(data)
         if self._room > 0:
-            self._keep(stream, self._redactors[stream].feed(data))
+            self._keep_all(self._streams.feed(stream, data))
+            if self._reports is not None and data.endswith(b"\n"):
+                self._keep_all(self._streams.relax())  # whoever watches waits for the line
+            self._fed.set()
         else:
             self.truncated = True
         if self.received > self._most and not self.overflowed:
             self.overflowed = self.truncated = True
             self._on_overflow()
+
+    async def _relax(self) -> None:
+        """While the tool is silent, show what is held back if it tells too little to matter."""
+        while True:
+            await self._fed.wait()
+            while self._fed.is_set():
+                self._fed = trio.Event()
+                await trio.sleep(_PATIENT)
+            self._keep_all(self._streams.relax())
+
+    def _keep_all(self, outputs: list[tuple[str, bytes]]) -> None:
+        for stream, data in outputs:
+            self._keep(stream, data)
 
     def _keep(self, stream: str, data: bytes) -> None:
         if len(data) > self._room:

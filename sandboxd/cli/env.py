@@ -7,14 +7,17 @@ import base64
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
 from sandboxd.errors import ConfigError, Invalid, NotFound, Unavailable
 
-__all__ = ["add"]
+if TYPE_CHECKING:
+    from sandboxd.cli.dotenv import Entry
+
+__all__ = ["add", "ask", "checked_name", "read_entries"]
 
 #: More than any value or sensible file of them: what is longer is a mistake, not read to its end.
 _MAX_INPUT = 8 << 20
@@ -164,16 +167,7 @@ def remove(args: argparse.Namespace) -> int:
 
 
 def import_(args: argparse.Namespace) -> int:
-    from sandboxd.cli import dotenv
-
-    shown = "standard input" if args.file == "-" else args.file
-    data = _read(args.file, shown)
-    entries, problems = dotenv.parse(data)
-    if problems:
-        errors = [ConfigError(f"{shown}:{p.line}: {p.message}") for p in problems]
-        raise _Problems(f"nothing was set: {output.amount(len(errors), 'mistake')}", errors)
-    if not entries:
-        raise Invalid(f"{shown} sets no variable")
+    entries = read_entries(args.file, otherwise="nothing was set")
     if not args.dry_run:
         return _send(args, {entry.name: entry.value for entry in entries})
     known = _known(args)
@@ -206,6 +200,23 @@ def import_(args: argparse.Namespace) -> int:
     return 0
 
 
+def read_entries(path: str, *, otherwise: str) -> list[Entry]:
+    """The assignments of a ``.env`` file, ``-`` for standard input.
+
+    Raises Invalid with every mistake and its line; ``otherwise`` is what that means.
+    """
+    from sandboxd.cli import dotenv
+
+    shown = "standard input" if path == "-" else path
+    entries, problems = dotenv.parse(_read(path, shown))
+    if problems:
+        errors = [ConfigError(f"{shown}:{p.line}: {p.message}") for p in problems]
+        raise _Problems(f"{otherwise}: {output.amount(len(errors), 'mistake')}", errors)
+    if not entries:
+        raise Invalid(f"{shown} sets no variable")
+    return entries
+
+
 class _Problems(Invalid):
     def __init__(self, message: str, errors: list[ConfigError]) -> None:
         super().__init__(message)
@@ -233,13 +244,13 @@ def _values(args: argparse.Namespace) -> dict[str, bytes]:
         option = "--stdin" if args.stdin else "--file"
         if len(items) != 1 or "=" in items[0]:
             raise Invalid(f"{option} takes exactly one NAME, without a value")
-        name = _name(items[0], "the name")
+        name = checked_name(items[0], "the name")
         data = _read("-" if args.stdin else args.file, "the file that --file names")
         return {name: _one_value(name, data, option, args.keep_newline)}
     if len(items) == 1 and "=" not in items[0]:
-        return {(name := _name(items[0], "the name")): _checked(name, _ask(name))}
+        return {(name := checked_name(items[0], "the name")): _checked(name, ask(name))}
     if len(items) == 2 and "=" not in items[0]:
-        name = _name(items[0], "the name")
+        name = checked_name(items[0], "the name")
         return {name: _checked(name, os.fsencode(items[1]))}
     values: dict[str, bytes] = {}
     for number, item in enumerate(items, 1):
@@ -250,14 +261,15 @@ def _values(args: argparse.Namespace) -> dict[str, bytes]:
                 f"argument {number} after the agent is not NAME=VALUE",
                 hint="several variables are NAME=VALUE each; quote a value that has spaces",
             )
-        name = _name(text, f"argument {number} after the agent")
+        name = checked_name(text, f"argument {number} after the agent")
         if name in values:
             raise Invalid(f"{name} is given twice")
         values[name] = _checked(name, os.fsencode(value))
     return values
 
 
-def _name(text: str, what: str) -> str:
+def checked_name(text: str, what: str) -> str:
+    """A name that can be stored; Invalid, which quotes nothing, calls it ``what``."""
     from sandboxd.names import loader_reason, variable_name
 
     try:
@@ -291,7 +303,8 @@ def _one_value(name: str, data: bytes, option: str, keep_newline: bool) -> bytes
     return _checked(name, data)
 
 
-def _ask(name: str) -> bytes:
+def ask(name: str) -> bytes:
+    """A value from the terminal, typed twice and hidden. Raises Invalid without a terminal."""
     if not sys.stdin.isatty():
         raise Invalid(
             f"there is no terminal to ask for the value of {name}",

@@ -12,7 +12,7 @@ from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command, group
 from sandboxd.errors import Conflict, Denied, Invalid
 
-__all__ = ["add"]
+__all__ = ["add", "read_arguments"]
 
 
 def add(commands: Commands, name: str, line: str) -> None:
@@ -44,8 +44,7 @@ def add(commands: Commands, name: str, line: str) -> None:
 
 
 def explain(args: argparse.Namespace) -> int:
-    text = sys.stdin.read() if args.arguments == "-" else args.arguments
-    arguments = _parsed(text)
+    arguments = read_arguments(args.arguments)
     with connect(args) as daemon:
         got = daemon.call("policy.explain", agent=args.agent, tool=args.tool, arguments=arguments)
     status = {"allow": 0, "ask": Conflict.exit_code}.get(got["verdict"], Denied.exit_code)
@@ -72,7 +71,13 @@ def explain(args: argparse.Namespace) -> int:
     return status
 
 
-def _parsed(text: str) -> Any:
+def read_arguments(text: str) -> Any:
+    """A tool's arguments as an operator gives them: JSON, or ``-`` for standard input.
+
+    Raises Invalid for what is no JSON, and for a key that stands twice in one object.
+    """
+    text = sys.stdin.read() if text == "-" else text
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):

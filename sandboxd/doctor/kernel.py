@@ -120,7 +120,7 @@ _NAMESPACE_COSTS = {
     "ipc": "agents and tools would share System V IPC and POSIX message queues",
     "uts": "a sandbox would show the host's name",
     "cgroup": "a sandbox shows its place in the host's cgroup tree",
-    "time": "nothing now: clocks are shared, and no sandbox depends on it",
+    "time": "a sandbox's clocks tell since when this host has been running",
 }
 
 

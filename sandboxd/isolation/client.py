@@ -110,6 +110,8 @@ class Launcher:
         self.landlock = 0
         #: Whether sandboxes have system call filters.
         self.seccomp = False
+        #: Whether sandboxes have clocks of their own.
+        self.time = False
         #: What limits a whole sandbox.
         self.cgroup = CgroupState()
         #: Of the launcher process, as this host's /proc names it.
@@ -230,6 +232,7 @@ class Launcher:
         """Act on one report. A descriptor that is kept is taken out of ``fds``."""
         if frame.kind is Kind.READY:
             self.privileged, self.landlock, self.seccomp = bool(frame.a), frame.b, bool(frame.c)
+            self.time = bool(frame.d)
             self.cgroup = CgroupState.unpack(frame.text)
             if fds:
                 self._pidfd = fds.pop()

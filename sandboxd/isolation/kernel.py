@@ -21,6 +21,7 @@ __all__ = [
     "CLONE_NEWNET",
     "CLONE_NEWNS",
     "CLONE_NEWPID",
+    "CLONE_NEWTIME",
     "CLONE_NEWUSER",
     "CLONE_NEWUTS",
     "argument_area",
@@ -47,6 +48,7 @@ __all__ = [
     "wipe",
 ]
 
+CLONE_NEWTIME = 0x00000080
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
 CLONE_NEWUTS = 0x04000000

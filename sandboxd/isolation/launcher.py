@@ -25,7 +25,7 @@ from functools import partial
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
-from sandboxd.isolation import cgroup, kernel, landlock, seccomp
+from sandboxd.isolation import cgroup, clocks, kernel, landlock, seccomp
 from sandboxd.isolation.cgroup import Cgroup, Cgroups, Share, Usage
 from sandboxd.isolation.sandbox import enter, prepare
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
@@ -177,7 +177,7 @@ class _Launcher:
         self.selector.register(self.sock, selectors.EVENT_READ, self._on_frame)
         me = os.pidfd_open(os.getpid())
         state = self.cgroups.state.pack()
-        walls = landlock.best_abi(), int(self.filtered)
+        walls = landlock.best_abi(), int(self.filtered), int(clocks.available())
         self._send(Frame(Kind.READY, 0, int(self.privileged), *walls, text=state), me)
         os.close(me)
         # What exists now lives for good: children then collect garbage without copying its pages.

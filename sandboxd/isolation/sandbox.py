@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
-from sandboxd.isolation import kernel, landlock, overlay, seccomp
+from sandboxd.isolation import clocks, kernel, landlock, overlay, seccomp
 from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
@@ -144,6 +144,7 @@ def _give_up_privileges(uid: int, sysctl: int, *, privileged: bool) -> None:
     _write("/proc/self/setgroups", b"deny")
     _write("/proc/self/uid_map", b"%d %d 1" % (INSIDE_ID, uid))
     _write("/proc/self/gid_map", b"%d %d 1" % (INSIDE_ID, gid))
+    clocks.enter()
     kernel.set_dumpable(False)
     # No user namespace below this one: each would hand out capabilities over new attack surface.
     _write("user/max_user_namespaces", b"0", directory=sysctl)

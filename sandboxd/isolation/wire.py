@@ -55,8 +55,8 @@ class Kind(enum.IntEnum):
     LAUNCH = 1  # operands: number of descriptors; of the cgroup: bytes, processes, millicpus
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
-    #: Operands: 1 when privileged, else 0; Landlock's ABI; 1 when seccomp filters are installed.
-    #: Text: CgroupState.
+    #: Operands: 1 when privileged, else 0; Landlock's ABI; 1 when seccomp filters are installed; 1
+    #: when there are time namespaces. Text: CgroupState.
     READY = 16
     STARTED = 17  # descriptor: pidfd of the sandbox's init
     FAILED = 18  # operands: errno; text: system call and path

@@ -73,6 +73,7 @@ Feature = Literal[
     "ipc_namespace",
     "uts_namespace",
     "cgroup_namespace",
+    "time_namespace",
     "landlock",
     "seccomp",
     "cgroup",

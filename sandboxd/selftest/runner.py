@@ -238,10 +238,19 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
             "tmp_size": TMP_SIZE,
             "processes": PROCESSES,
             "since": stage.since,
+            "hostname": platform.node(),
+            "booted": time.time() - time.clock_gettime(time.CLOCK_BOOTTIME),
+            "clocks": _time_namespace(),
             "marker": seen.marker,
             "threats": seen.threats,
         }
     )
+
+
+def _time_namespace() -> str:
+    with suppress(OSError):  # a kernel without
+        return os.readlink("/proc/self/ns/time")  # noqa: PTH115 - no path but a name
+    return ""
 
 
 def _watch(seen: _Seen, ended: threading.Event) -> None:
@@ -327,4 +336,4 @@ def _deciding(layers: list[dict[str, str]]) -> Layers:
     """What the daemon says is on, of what changes the right denial."""
     on = {layer["layer"]: layer["remark"] for layer in layers if layer["state"] == "on"}
     abi = re.search(r"ABI (\d+)", on.get("landlock", ""))
-    return Layers("seccomp" in on, int(abi[1]) if abi else 0)
+    return Layers("seccomp" in on, int(abi[1]) if abi else 0, frozenset(on))

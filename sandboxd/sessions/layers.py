@@ -26,6 +26,7 @@ def provided(network: str, launcher: Launcher) -> frozenset[str]:
     """The features, by the names a policy's ``require`` uses, that a sandbox really gets."""
     depends = {
         "network_namespace": network != "host",
+        "time_namespace": launcher.time,
         "landlock": launcher.landlock > 0,
         "seccomp": launcher.seccomp,
         "cgroup": launcher.cgroup.complete,
@@ -49,6 +50,11 @@ def layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
         _on("network namespace", "no interface is up")
         if network == "none"
         else _layer("network namespace", "lowered", "the host's network"),
+        _on("time namespace", "the clocks begin with the sandbox, not with the host")
+        if launcher.time
+        else _layer(
+            "time namespace", "missing", "not in this kernel: clocks tell the host's uptime"
+        ),
         _on("capabilities", "every set is empty"),
         _on("no new privileges", "setuid and file capabilities give nothing"),
         _landlock(launcher.landlock, network),

@@ -27,8 +27,8 @@ from sandboxd.isolation.client import Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.names import agent_slug, new_session_id, shown
 from sandboxd.paths import Paths
-from sandboxd.policy import Config
-from sandboxd.policy.decide import session_terms
+from sandboxd.policy import Agent, Config
+from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
 from sandboxd.sessions.changes import Changes
 from sandboxd.sessions.layers import provided
@@ -124,6 +124,17 @@ class Manager:
     def recorder(self, id: str) -> Recorder | None:
         """The recorder of a live detached session."""
         return self._recorders.get(id)
+
+    def workspace_of(self, agent: Agent, terms: SessionTerms) -> Path | None:
+        """The host directory that becomes /workspace; the default one is made here."""
+        wanted = agent.workspace
+        if terms.workspace == "none":
+            return None
+        if wanted.path is None:
+            path = self._paths.workspaces / agent.slug
+            _make(path)
+            return path
+        return Path(wanted.path)
 
     async def start(self, request: Request) -> Started:
         """Start a session; returns when its program runs.
@@ -255,7 +266,7 @@ class Manager:
         try:
             with ExitStack() as undo:
                 undo.callback(self._forget, session)
-                session.workspace = self._workspace(session)
+                session.workspace = self.workspace_of(session.agent, session.terms)
                 _make(session.directory)
                 undo.callback(shutil.rmtree, session.directory, ignore_errors=True)
                 await self._note_start(session)
@@ -419,17 +430,6 @@ class Manager:
             if ending is not None:
                 self._unwritten.append(record)
             raise
-
-    def _workspace(self, session: Session) -> Path | None:
-        """The host directory that becomes /workspace; the default one is made here."""
-        wanted = session.agent.workspace
-        if session.terms.workspace == "none":
-            return None
-        if wanted.path is None:
-            path = self._paths.workspaces / session.agent.slug
-            _make(path)
-            return path
-        return Path(wanted.path)
 
     def _prune_logs(self) -> None:
         """Keep the recorded output of the newest sessions; the disk is not the agents'."""

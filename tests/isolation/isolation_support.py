@@ -119,7 +119,7 @@ async def changed_launcher(change: str) -> AsyncIterator[Box]:
     boot = f"""
 import sys
 sys.path.append(sys.argv[2])
-from sandboxd.isolation import kernel, landlock, launcher, sandbox, seccomp
+from sandboxd.isolation import clocks, kernel, landlock, launcher, sandbox, seccomp
 {change}
 launcher.main()
 """

@@ -24,6 +24,11 @@ StartLauncher = Callable[[str], socket.socket]
 NAMESPACES = ("mnt", "pid", "ipc", "uts", "cgroup", "net", "user")
 
 
+def namespaces(box: Box) -> tuple[str, ...]:
+    """Those that this kernel has (time: Linux 5.6)."""
+    return (*NAMESPACES, "time") if box.launcher.time else NAMESPACES
+
+
 async def test_the_environment_is_what_was_listed_and_nothing_else(
     launcher_mode: str, start_launcher: StartLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,23 +90,25 @@ async def test_the_host_sees_the_uid_that_the_launch_named(box: Box) -> None:
 
 
 async def test_every_namespace_is_the_sandboxs_own(box: Box, outside: Outside) -> None:
-    probe = f"tell(**{{ns: os.readlink('/proc/self/ns/' + ns) for ns in {NAMESPACES}}})"
-    host = {ns: os.readlink(f"/proc/self/ns/{ns}") for ns in NAMESPACES}
+    names = namespaces(box)
+    probe = f"tell(**{{ns: os.readlink('/proc/self/ns/' + ns) for ns in {names}}})"
+    host = {ns: os.readlink(f"/proc/self/ns/{ns}") for ns in names}
     assert outside(probe) == host
     argv, more = box.python(probe + "; print(); print('ready', flush=True); signal.pause()")
     async with box.start(*argv, **more) as other:  # alive, for the kernel reuses numbers
         first = json.loads((await other.ready()).splitlines()[0])
         second = await box.probe(probe)
-    for ns in NAMESPACES:
+    for ns in names:
         assert len({host[ns], first[ns], second[ns]}) == 3, ns
 
 
 async def test_network_host_shares_the_network_namespace_alone(box: Box) -> None:
+    names = namespaces(box)
     seen = await box.probe(
-        f"tell(**{{ns: os.readlink('/proc/self/ns/' + ns) for ns in {NAMESPACES}}})",
+        f"tell(**{{ns: os.readlink('/proc/self/ns/' + ns) for ns in {names}}})",
         network="host",
     )
-    shared = [ns for ns in NAMESPACES if seen[ns] == os.readlink(f"/proc/self/ns/{ns}")]
+    shared = [ns for ns in names if seen[ns] == os.readlink(f"/proc/self/ns/{ns}")]
     assert shared == ["net"]
 
 

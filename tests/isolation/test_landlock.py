@@ -351,7 +351,7 @@ def test_operators_are_told_what_the_kernel_can(
     abi: int, network: str, there: str, absent: str
 ) -> None:
     launcher: Any = SimpleNamespace(
-        mode="user", landlock=abi, seccomp=abi > 0, cgroup=CgroupState()
+        mode="user", landlock=abi, seccomp=abi > 0, time=True, cgroup=CgroupState()
     )
     found = {layer["layer"]: layer for layer in layers(network, launcher)}
     assert found["landlock"]["state"] == ("on" if abi else "missing")

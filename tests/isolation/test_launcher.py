@@ -175,7 +175,7 @@ print(*sys.modules)
     )
     modules = set(done.stdout.split())
     foreign = {m for m in modules if m.partition(".")[0] not in sys.stdlib_module_names}
-    parts = "cgroup cgroup_places kernel landlock launcher overlay root sandbox seccomp"
+    parts = "cgroup cgroup_places clocks kernel landlock launcher overlay root sandbox seccomp"
     ours = {f"sandboxd.isolation.{part}" for part in parts.split()}
     assert foreign - {"__main__"} == {
         "sandboxd", "sandboxd.errors", "sandboxd.isolation", "sandboxd.isolation.wire", *ours

@@ -9,6 +9,7 @@ from sandboxd.selftest.prober import processes  # noqa: F401
 from sandboxd.selftest.prober import shared  # noqa: F401
 from sandboxd.selftest.prober import files  # noqa: F401
 from sandboxd.selftest.prober import namespaces  # noqa: F401
+from sandboxd.selftest.prober import facts  # noqa: F401
 from sandboxd.selftest.prober import syscalls  # noqa: F401
 from sandboxd.selftest.prober import unix_sockets  # noqa: F401
 from sandboxd.selftest.prober import network  # noqa: F401

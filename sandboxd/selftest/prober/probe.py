@@ -52,6 +52,9 @@ class Plan:
     processes: int = 0
     since: float = 0.0
     hostname: str = ""
+    #: When the host was started, in seconds since 1970, and the number of its time namespace.
+    booted: float = 0.0
+    clocks: str = ""
     marker: str = ""
     #: Only probes for threats that contain one of these words; all when empty.
     threats: tuple[str, ...] = ()
@@ -75,10 +78,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a sandbox that change how it refuses: a filter, and Landlock's ABI or 0."""
+    """The layers of a sandbox, and of them what changes how it refuses: a filter, and Landlock's
+    ABI or 0."""
 
     seccomp: bool = False
     landlock: int = 0
+    #: By name, all that are on.
+    on: frozenset[str] = frozenset()
 
 
 #: Tries it. Returns nothing when it worked, or a word for what came of it; OSError is a denial.
@@ -92,9 +98,10 @@ class Probe:
 
     ``denials``: what may come of it without seccomp and Landlock. Empty: only these stand in its
     way. ``filtered``: the one denial where the filter is on. ``landlocked``: the one from an
-    ABI of Landlock on. ``inside`` is a control in the sandbox: the same code where it is allowed.
-    ``outside`` names the place outside where the attack itself must come to one of ``allowed``;
-    where the host refuses even that, ``fallback`` has to work in the sandbox.
+    ABI of Landlock on. ``needs``: the layer without which nothing denies it. ``inside`` is a
+    control in the sandbox: the same code where it is allowed. ``outside`` names the place outside
+    where the attack itself must come to one of ``allowed``; where the host refuses even that,
+    ``fallback`` has to work in the sandbox.
     """
 
     name: str
@@ -103,6 +110,7 @@ class Probe:
     denials: tuple[str, ...]
     filtered: str = ""
     landlocked: tuple[int, str] | None = None
+    needs: str = ""
     inside: Attack | None = None
     outside: str = ""
     allowed: tuple[str, ...] = ("ok",)
@@ -112,6 +120,8 @@ class Probe:
 
     def expected(self, layers: Layers) -> tuple[str, ...]:
         """The denials that are right where these layers are on."""
+        if self.needs and self.needs not in layers.on:
+            return ()
         if layers.seccomp and self.filtered:
             return (self.filtered,)
         if self.landlocked is not None and self.landlocked[0] <= layers.landlock:

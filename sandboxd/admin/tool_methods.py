@@ -1,0 +1,99 @@
+"""Tool calls that operators make themselves, as an agent would make them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandboxd.admin.params import known_agent, param, thread
+from sandboxd.admin.server import Caller, Method
+from sandboxd.broker.calls import Session
+from sandboxd.errors import Conflict, Invalid
+from sandboxd.names import new_session_id
+from sandboxd.policy import Agent, Config
+from sandboxd.policy.decide import session_terms
+from sandboxd.running import Daemon
+from sandboxd.vault.vault import Snapshot
+
+__all__ = ["ToolMethods"]
+
+#: Bytes of output in one item of the answer's stream.
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """An operator in an agent's place: what one call needs of a session, for that call only."""
+
+    id: str
+    agent: Agent
+    config: Config
+    snapshot: Snapshot
+    workspace: Path | None
+    overlay: int = -1
+    uid: int = -1
+
+
+class ToolMethods:
+    """``tools.run``."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def table(self) -> Mapping[str, Method]:
+        return {"tools.run": self.run}
+
+    async def run(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """One call: its output in pieces, then how it ended. The client's leaving cancels it.
+
+        With ``session`` it is made in that live session; else with what the agent's next session
+        would have: the variables, configuration and workspace of now.
+        """
+        tool, arguments = param(params, "tool", str), params.get("arguments", {})
+        if not isinstance(arguments, dict):
+            raise Invalid("the arguments are a JSON object")
+        session = await self._session(params)
+        await self._daemon.audit.append(
+            "tools.run", by=caller.name, agent=session.agent.slug, session=session.id, tool=tool
+        )
+        try:
+            result = await self._daemon.calls.call(session, tool, arguments)
+        finally:
+            if isinstance(session, _Standing):
+                self._daemon.calls.forget(session.id)
+        for stream, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+            for start in range(0, len(data), _PIECE):
+                piece = base64.b64encode(data[start : start + _PIECE]).decode()
+                yield {"stream": stream, "data": piece}
+        yield {
+            "ended": {
+                "session": session.id,
+                "call": result.call,
+                "outcome": result.outcome,
+                "exit_code": result.exit_code,
+                "signal": result.signal,
+                "message": result.message,
+                "hint": result.hint,
+                "rule": result.rule,
+                "truncated": result.truncated,
+            }
+        }
+
+    async def _session(self, params: dict[str, Any]) -> Session:
+        manager = self._daemon.sessions
+        if params.get("session") is not None:
+            return manager.get(param(params, "session", str))
+        agent = known_agent(self._daemon, params)
+        config = self._daemon.config
+        terms = session_terms(config, agent)
+        if terms.workspace == "overlay":
+            raise Conflict(
+                f"the workspace of {agent.slug} is copy-on-write: each session has its own view",
+                hint="name a live session: --session ID (sandboxctl session list)",
+            )
+        snapshot = await thread(self._daemon.vault.snapshot, agent.slug)
+        workspace = manager.workspace_of(agent, terms)
+        return _Standing(new_session_id(), agent, config, snapshot, workspace)
