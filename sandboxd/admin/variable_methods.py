@@ -15,6 +15,7 @@ from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, SandboxdError
 from sandboxd.names import shown, variable_name
+from sandboxd.policy.mcpserver import server_of
 from sandboxd.running import Daemon
 from sandboxd.secret import Secret
 
@@ -168,6 +169,12 @@ class VariableMethods:
             for tool in config.agents[agent].tools
             if tool in config.tools
             for secret in config.tools[tool].secrets
+        }
+        declared |= {
+            secret.variable
+            for tool in config.agents[agent].tools
+            if (server := server_of(config, tool)) is not None
+            for secret in server.secrets
         }
         return [f"no tool of {agent} uses {name}" for name in sorted(names) if name not in declared]
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandboxd.redact import Redactor
+from sandboxd.redact import Matcher, Redactor
 from sandboxd.secret import Secret
 
 __all__ = ["Mask", "Passed", "passed_on"]
@@ -27,20 +28,20 @@ _TEXT = ("uri", "name", "title", "description", "mimeType")
 class Mask:
     """Takes secret values out of texts and bytes, and counts them."""
 
-    def __init__(self, secrets: Mapping[str, Secret]) -> None:
-        self._secrets = dict(secrets)
-        self.hits = 0
+    def __init__(self, secrets: Mapping[str, Secret] | Matcher) -> None:
+        self._matcher = secrets if isinstance(secrets, Matcher) else Matcher(secrets)
+        self.counts: Counter[str] = Counter()
 
     def bytes(self, data: bytes) -> bytes:
-        if not self._secrets or not data:
+        if not self._matcher or not data:
             return data
-        redactor = Redactor(self._secrets)
+        redactor = Redactor(self._matcher)
         masked = redactor.feed(data) + redactor.flush()
-        self.hits += redactor.hits
+        self.counts += redactor.counts
         return masked
 
     def text(self, text: str) -> str:
-        if not self._secrets or not text:
+        if not self._matcher or not text:
             return text
         return self.bytes(text.encode()).decode("utf-8", "replace")
 
@@ -160,7 +161,8 @@ def _data(raw: Any, mask: Mask) -> str | None:
 def _annotations(raw: Any) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if isinstance(raw, dict):
-        audience, priority = raw.get("audience"), raw.get("priority")
+        audience: Any = raw.get("audience")
+        priority: Any = raw.get("priority")
         if isinstance(audience, list):
             made["audience"] = [who for who in audience if who in ("user", "assistant")][:2]
         number = isinstance(priority, int | float) and not isinstance(priority, bool)

@@ -144,9 +144,14 @@ def _describe(tool: Tool) -> types.Tool:
         title=hints.get("title"),
         description=tool.description,
         input_schema=dict(tool.input_schema),
-        output_schema=tool.result_schema if isinstance(tool, McpTool) else None,
+        output_schema=_result_schema(tool),
         annotations=types.ToolAnnotations.model_validate(hints) if hints else None,
     )
+
+
+def _result_schema(tool: Tool) -> dict[str, Any] | None:
+    schema = tool.result_schema if isinstance(tool, McpTool) else None
+    return dict(schema) if schema is not None else None
 
 
 def _answer(result: CallResult) -> types.CallToolResult:

@@ -221,7 +221,7 @@ class Peer:
                 await self._send.send_all(line)
 
     async def _read(self) -> None:
-        reader = LineReader(self._receive)
+        reader = LineReader(self._receive, resume=False)
         while (line := await reader.receive()) is not None:
             if isinstance(line, Refused):
                 raise Fault(f"it sent a line of more than {MAX_LINE:,} bytes")

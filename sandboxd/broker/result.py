@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,7 +12,7 @@ from sandboxd.broker.capture import Capture
 from sandboxd.isolation.client import Exit
 from sandboxd.policy.decide import Decision
 
-__all__ = ["CallResult", "Outcome", "result_of"]
+__all__ = ["CallResult", "Outcome", "printed", "result_of"]
 
 Outcome = Literal["ok", "denied", "failed", "timeout", "cancelled", "overflow", "busy"]
 
@@ -32,6 +34,15 @@ class CallResult:
     #: What an MCP server answered, where one did: blocks as the protocol has them, and a structure.
     content: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
     structured: dict[str, Any] | None = field(default=None, repr=False)
+
+
+def printed(content: Iterable[Mapping[str, Any]]) -> bytes:
+    """What a server answered, as a terminal shows it: texts as they are, the rest as JSON."""
+    lines = [
+        block["text"] if block["type"] == "text" else json.dumps(block, ensure_ascii=False)
+        for block in content
+    ]
+    return "".join(line if line.endswith("\n") else line + "\n" for line in lines).encode()
 
 
 def result_of(

@@ -30,7 +30,7 @@ from sandboxd.policy.decide import Decision
 from sandboxd.policy.definitions import read_definitions
 from sandboxd.policy.mcpserver import McpServer
 from sandboxd.policy.toolcheck import check_program
-from sandboxd.secret import Secret
+from sandboxd.redact import Matcher
 from sandboxd.vault.vault import Vault
 
 __all__ = ["Running", "Start"]
@@ -81,7 +81,7 @@ class Running:
         self.ended = trio.Event()
         self._begin, self._terms, self._chosen = start, terms, chosen
         self._began = trio.current_time()
-        self._secrets: dict[str, Secret] = {}
+        self._matcher = Matcher({})
         self._stderr = bytearray()
         self._ready = trio.Event()
         self._failure: SandboxdError | None = None
@@ -137,7 +137,7 @@ class Running:
 
     def mask(self) -> Mask:
         """Takes the values that the server holds out of what it says."""
-        return Mask(self._secrets)
+        return Mask(self._matcher)
 
     def last_words(self) -> bytes:
         """The end of its standard error, without secrets."""
@@ -165,7 +165,6 @@ class Running:
             self._fail(Unavailable("an internal error", hint="the daemon's log says more"))
         finally:
             self._fail(Fault(self.reason or "it ended"))
-            self._secrets = {}
             self.ended.set()
 
     def _fail(self, error: SandboxdError) -> None:
@@ -187,7 +186,7 @@ class Running:
     async def _run(self) -> None:
         await trio.to_thread.run_sync(check_program, self.server.launch)
         unsealed = await unseal(self._begin.vault, self._chosen)
-        self._secrets = {spec.variable: secret for spec, secret in unsealed if spec.redact}
+        self._matcher = Matcher({spec.variable: value for spec, value in unsealed if spec.redact})
         session = self.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
         shares = session.overlay >= 0 and self._terms.workspace != "none"
@@ -242,7 +241,7 @@ class Running:
                     async with trio.open_nursery() as talking:
                         talking.start_soon(self._talk, talking.cancel_scope)
                         talking.start_soon(self._watch, process, talking.cancel_scope)
-                        await self._greet()
+                        await self._greet(process)
                         await self._serve()
                         talking.cancel_scope.cancel()
             finally:
@@ -252,7 +251,7 @@ class Running:
             nursery.cancel_scope.cancel()
         return dead
 
-    async def _greet(self) -> None:
+    async def _greet(self, process: Process) -> None:
         """From the handshake to the first list of tools, within the time a start may take."""
         try:
             with trio.fail_after(self.server.startup):
@@ -263,6 +262,10 @@ class Running:
                 f"it was not ready within {self.server.startup:g} s",
                 hint=f"a slow one may have more: startup, in {self.server.source}",
             ) from None
+        except Fault:
+            with trio.move_on_after(_DRAIN):  # the connection is lost: its end says more
+                raise Unavailable(f"it ended with {_how(await process.wait())}") from None
+            raise
         injected: list[JSON] = [
             {"name": sealed.name, "version": sealed.version, "delivery": spec.delivery}
             for spec, sealed in self._chosen
@@ -294,13 +297,9 @@ class Running:
     async def _watch(self, process: Process, scope: trio.CancelScope) -> None:
         """Its process has ended by itself: nothing is left to talk to."""
         end = await process.wait()
-        how = f"status {end.code}" if end.signal is None else f"signal {end.signal}"
         if self._ready.is_set():
-            self.reason = self.reason or f"it ended with {how}"
+            self.reason = self.reason or f"it ended with {_how(end)}"
             scope.cancel()
-        else:
-            await trio.sleep(0.05)  # what it printed last is still in its pipes
-            raise Unavailable(f"it ended with {how}")
 
     async def _listen(self, stderr: trio.lowlevel.FdStream, heard: trio.Event) -> None:
         """Standard error, of which only the end is kept."""
@@ -348,6 +347,12 @@ class Running:
             "server": self.server.name,
             "id": self.id,
         }
+
+
+def _how(end: Exit) -> str:
+    if end.oom:
+        return "no memory left"
+    return f"status {end.code}" if end.signal is None else f"signal {end.signal}"
 
 
 def _started_by(server: McpServer, prepared: Prepared) -> Prepared:

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import attrs
 import trio
 
 from sandboxd.audit import AuditLog
@@ -25,7 +26,7 @@ from sandboxd.broker.mcppeer import Fault, RemoteError
 from sandboxd.broker.result import CallResult
 from sandboxd.broker.serverrun import Running, Start
 from sandboxd.broker.session import Session
-from sandboxd.errors import Denied, Unavailable
+from sandboxd.errors import Denied, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, launch_terms
@@ -50,7 +51,7 @@ class Tally:
     """What a call took and how often something in it was masked, for its last record."""
 
     received: int = 0
-    redactions: int = 0
+    redacted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -153,18 +154,28 @@ class Servers:
         It is started for this alone, under the terms of the session's agent. Raises Unavailable
         with what it said on standard error when it doesn't start.
         """
+        failure: SandboxdError | None = None
         async with trio.open_nursery() as nursery:
-            running = self._begin(session, server, chosen, nursery)
             try:
+                running = self._begin(session, server, chosen, nursery, probing=True)
                 await running.wait_ready()
-                definitions, problems = read_definitions(running.listed, server.name)
-            finally:
                 running.end("it was only asked what it offers")
-                nursery.cancel_scope.cancel()
+            except SandboxdError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        definitions, problems = read_definitions(running.listed, server.name)
         return tuple(d for d in definitions if server.may_offer(d.name)), problems
 
     def _begin(
-        self, session: Session, server: McpServer, chosen: Chosen, nursery: trio.Nursery
+        self,
+        session: Session,
+        server: McpServer,
+        chosen: Chosen,
+        nursery: trio.Nursery,
+        *,
+        probing: bool = False,
     ) -> Running:
         """A new server, starting. It is known from here on: a revocation ends it at any moment."""
         if len(self._live) >= MAX_LIVE:
@@ -175,6 +186,8 @@ class Servers:
         terms = launch_terms(session.config, session.agent, server.launch)
         if terms.verdict == "deny":
             raise Denied(terms.reason, rule=terms.rule, hint=terms.hint)
+        if probing and terms.workspace != "none":
+            terms = attrs.evolve(terms, workspace="ro")
         running = Running(self._start, session, server, terms, chosen)
         self._live[running.id] = running
         nursery.start_soon(self._own, running, name=f"server {running.id}")
@@ -247,7 +260,7 @@ class Servers:
             )
         finally:
             tally.received = max(0, running.peer.received - before) if running.ready else 0
-            tally.redactions = mask.hits
+            tally.redacted = dict(mask.counts)
             running.release()
 
     async def _check(self, running: Running, tool: McpTool) -> None:

@@ -67,7 +67,7 @@ class Definition:
 
     @property
     def digest(self) -> str:
-        return "sha256:" + hashlib.sha256(canonical(self.content)).hexdigest()
+        return "sha256:" + hashlib.sha256(canonical(dict(self.content))).hexdigest()
 
     @property
     def description(self) -> str:

@@ -257,7 +257,7 @@ def _annotations(definition: Definition) -> Annotations:
 def _expanded(agent: Agent, offered: Mapping[str, list[str]]) -> tuple[Any, ...]:
     names: dict[str, None] = {}
     for name in agent.tools:
-        names.update(dict.fromkeys(offered.get(name, [name])))
+        names.update(dict.fromkeys((name, *offered.get(name, ()))))
     return tuple(names)
 
 
