@@ -32,7 +32,6 @@ from sandboxd.broker.jsonrpc import LineReader, Refused, error_reply, parse
 from sandboxd.broker.result import CallResult
 from sandboxd.errors import SandboxdError
 from sandboxd.names import shown
-from sandboxd.policy.mcpserver import McpTool
 from sandboxd.policy.model import Tool
 
 __all__ = ["refuse_connection", "serve_connection"]
@@ -144,14 +143,9 @@ def _describe(tool: Tool) -> types.Tool:
         title=hints.get("title"),
         description=tool.description,
         input_schema=dict(tool.input_schema),
-        output_schema=_result_schema(tool),
+        output_schema=None if tool.output_schema is None else dict(tool.output_schema),
         annotations=types.ToolAnnotations.model_validate(hints) if hints else None,
     )
-
-
-def _result_schema(tool: Tool) -> dict[str, Any] | None:
-    schema = tool.result_schema if isinstance(tool, McpTool) else None
-    return dict(schema) if schema is not None else None
 
 
 def _answer(result: CallResult) -> types.CallToolResult:
@@ -159,9 +153,12 @@ def _answer(result: CallResult) -> types.CallToolResult:
     content: list[types.ContentBlock] = [
         _BLOCK.validate_python(block) for block in result.content or ()
     ]
-    for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+    for name, data, form in (
+        ("stdout", result.stdout, result.output_format),
+        ("stderr", result.stderr, "auto"),
+    ):
         if data:
-            content.append(_block(name, data, result.call))
+            content.append(_block(name, data, form, result.call))
     explanation = result.message
     if result.hint:
         explanation += f"\nhint: {result.hint}"
@@ -178,11 +175,14 @@ def _answer(result: CallResult) -> types.CallToolResult:
     )
 
 
-def _block(name: str, data: bytes, call: str) -> types.ContentBlock:
-    """Text as text; bytes that are no UTF-8 whole, as a base64 resource."""
+def _block(name: str, data: bytes, form: str, call: str) -> types.ContentBlock:
+    """Text as text; bytes that are none, by what the manifest says or no UTF-8, as a resource."""
     meta = {"sandboxd/stream": name}
     try:
-        return types.TextContent(type="text", text=data.decode("utf-8"), _meta=meta)
+        if form == "binary":
+            raise UnicodeDecodeError("utf-8", b"", 0, 0, "not meant to be text")
+        text = data.decode("utf-8", "replace" if form == "text" else "strict")
+        return types.TextContent(type="text", text=text, _meta=meta)
     except UnicodeDecodeError:
         blob = types.BlobResourceContents(
             uri=f"sandboxd://calls/{call}/{name}",

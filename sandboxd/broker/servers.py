@@ -329,7 +329,7 @@ class Servers:
         outcome: Any = "failed" if passed.is_error else "ok"
         if passed.left_out and tool.on_overflow == "kill":
             outcome = "overflow"
-        if passed.structured is None and tool.result_schema is not None and outcome == "ok":
+        if passed.structured is None and tool.output_schema is not None and outcome == "ok":
             # A client would not take a result that lacks what its definition promises.
             outcome = "failed"
         return CallResult(

@@ -99,7 +99,6 @@ class McpTool(Tool):
     server: McpServer = attrs.field(default=None, metadata={"loaded": True})
     remote: str = attrs.field(default="", metadata={"loaded": True})
     pin: str = attrs.field(default="", metadata={"loaded": True})
-    result_schema: Mapping[str, Any] | None = attrs.field(default=None, metadata={"loaded": True})
 
 
 @attrs.frozen
@@ -237,7 +236,7 @@ def _tool(server: McpServer, definition: Definition) -> McpTool:
         server=server,
         remote=definition.name,
         pin=definition.digest,
-        result_schema=definition.content.get("outputSchema"),
+        output_schema=definition.content.get("outputSchema"),
     )
 
 

@@ -1,0 +1,111 @@
+"""Where the time of one call goes: every moment between question and answer, put down to a stage.
+
+The daemon is the shipped one with clocks around its functions (``traced``). Calls are made one at
+a time. Where two stages run at once the one that began last has the moment; where none runs it
+goes to the event loop and what glues stages together, told apart by the stage before.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from bench import stage
+from bench.traced import Span
+from bench.walls import holes, own_namespaces, weaker
+
+__all__ = ["account", "measure", "table"]
+
+_BETWEEN = "between"
+#: Stages that only hold others.
+_HOLDERS = ("call",)
+
+
+async def measure(calls: int, *, profile: bool = False) -> dict[str, Any]:
+    """So many calls, and the mean of each stage."""
+    with stage.open_stage("bench.traced", profile=profile) as on:
+        caller = stage.Caller(on)
+        lacking = weaker(caller.layers()) + holes(caller.probe(), own_namespaces())
+        caller.order(min(20, calls))
+        answer = caller.order(calls)
+        caller.close()
+        on.client.close()
+        on.stop()
+        told = json.loads(on.trace.read_text())
+    per_call = _calls([tuple(span) for span in told["spans"]])[-calls:]
+    accounts = [account(spans, began, ended) for spans, began, ended in per_call]
+    seconds = answer["seconds"][-len(accounts) :]
+    return {
+        "calls": len(accounts),
+        "median_ms": statistics.median(seconds) * 1e3,
+        "mean_ms": statistics.mean(seconds) * 1e3,
+        "stages": _merge(accounts, statistics.mean(seconds) * 1e3),
+        "missing": told["missing"],
+        "profile": told["profile"],
+        "lacking": lacking,
+    }
+
+
+def account(spans: Iterable[Span], began: int, ended: int) -> dict[str, int]:
+    """Nanoseconds of each stage between two moments, which are shared out completely."""
+    inside = sorted(
+        (max(first, began), min(last, ended), name)
+        for name, first, last in spans
+        if last > began and first < ended and name not in _HOLDERS
+    )
+    edges = sorted({began, ended, *(edge for first, last, _ in inside for edge in (first, last))})
+    found: dict[str, int] = defaultdict(int)
+    previous = ""
+    for first, last in pairwise(edges):
+        active = [span for span in inside if span[0] <= first and span[1] >= last]
+        if active:
+            previous = max(active)[2]
+            found[previous] += last - first
+        else:
+            found[f"{_BETWEEN}: after {previous}" if previous else _BETWEEN] += last - first
+    return dict(found)
+
+
+def table(figures: dict[str, Any]) -> str:
+    """For a terminal."""
+    rows = [f"{figures['calls']} calls, one at a time: median {figures['median_ms']:.2f} ms"]
+    rows += [f"{'stage':44}{'mean ms':>9}{'share':>8}"]
+    for line in figures["stages"]:
+        rows.append(f"{line['stage']:44}{line['mean_ms']:9.3f}{line['share']:8.1%}")
+    rows += [f"not traced, for it has moved: {place}" for place in figures["missing"]]
+    for line in figures["profile"][:40]:
+        rows.append(f"{line['self']:8.3f} s {line['calls']:9} x  {line['where']}")
+    return "\n".join(rows)
+
+
+def _calls(spans: Sequence[Span]) -> list[tuple[list[Span], int, int]]:
+    """Spans of each call, and when its line had come and its answer was written."""
+    ordered = sorted(spans, key=lambda span: span[1])
+    reads = [last for name, _, last in ordered if name == "read"]
+    writes = [last for name, _, last in ordered if name == "write"]
+    found = []
+    for name, first, last in ordered:
+        if name != "call":
+            continue
+        began = max((read for read in reads if read <= first), default=first)
+        ended = min((write for write in writes if write >= last), default=last)
+        # What began before is not this call's: the wait for the agent's own end, for one.
+        own = [span for span in ordered if began <= span[1] < ended and span[0] != "read"]
+        found.append((own, began, ended))
+    return found
+
+
+def _merge(accounts: Sequence[dict[str, int]], mean: float) -> list[dict[str, Any]]:
+    """Means over all calls in the order of a call's life; the rest is the line and the caller."""
+    order: dict[str, None] = {}
+    for each in accounts:
+        order.update(dict.fromkeys(each))
+    rows = [(name, sum(each.get(name, 0) for each in accounts) / len(accounts)) for name in order]
+    rows.append(("socket, and the caller", mean * 1e6 - sum(spent for _, spent in rows)))
+    return [
+        {"stage": name, "mean_ms": spent / 1e6, "share": spent / 1e6 / mean} for name, spent in rows
+    ]
