@@ -218,26 +218,20 @@ def _tools(server: McpServer, pin: Pin) -> list[McpTool]:
 def _tool(server: McpServer, definition: Definition) -> McpTool:
     launch = server.launch
     validator, _ = validator_of(definition.input_schema)
-    inherited = {
-        field.name: getattr(launch, field.name)
-        for field in attrs.fields(Tool)
-        if field.init and field.name not in ("argv", "stdin", "validator", "annotations")
+    fields = {
+        field.name: getattr(launch, field.name) for field in attrs.fields(Tool) if field.init
     }
-    return McpTool(
-        **{
-            **inherited,
-            "name": exposed(server.name, definition.name),
-            "description": definition.description,
-            "input_schema": definition.input_schema,
-        },
-        stdin=Stdin("json"),
-        validator=validator,
-        annotations=_annotations(definition),
-        server=server,
-        remote=definition.name,
-        pin=definition.digest,
-        output_schema=definition.content.get("outputSchema"),
-    )
+    fields |= {
+        "name": exposed(server.name, definition.name),
+        "description": definition.description,
+        "input_schema": definition.input_schema,
+        "output_schema": definition.content.get("outputSchema"),
+        "argv": Template(),
+        "stdin": Stdin("json"),
+        "validator": validator,
+        "annotations": _annotations(definition),
+    }
+    return McpTool(**fields, server=server, remote=definition.name, pin=definition.digest)
 
 
 def _annotations(definition: Definition) -> Annotations:
