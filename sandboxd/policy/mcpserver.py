@@ -218,9 +218,7 @@ def _tools(server: McpServer, pin: Pin) -> list[McpTool]:
 def _tool(server: McpServer, definition: Definition) -> McpTool:
     launch = server.launch
     validator, _ = validator_of(definition.input_schema)
-    fields = {
-        field.name: getattr(launch, field.name) for field in attrs.fields(Tool) if field.init
-    }
+    fields = {field.name: getattr(launch, field.name) for field in attrs.fields(Tool) if field.init}
     fields |= {
         "name": exposed(server.name, definition.name),
         "description": definition.description,
