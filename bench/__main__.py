@@ -1,11 +1,12 @@
 """``python -m bench``: what sandboxd costs, beside bare starts and beside other programs.
 
 Without more it measures everything, as root or as an ordinary user, and prints tables. Parts by
-name: launch, calls, throughput, idle, start. Runs are interleaved (A B A B ...), so that whatever
-else the machine does hits all alike; only the ratios say something.
+name: launch, calls, stages, throughput, idle, start. Runs are interleaved (A B A B ...), so that
+whatever else the machine does hits all alike; only the ratios say something.
 
-``python -m bench install`` brings the other programs. ``python -m bench stages`` shows where the
-time of one call goes. ``python -m bench leaks`` counts what many launches leave behind.
+``python -m bench install`` brings the other programs. ``python -m bench stages`` alone shows in
+full where the time of one call goes. ``python -m bench leaks`` counts what many launches leave
+behind.
 
 The exit status is 1 when what was measured is isolated less than what is shipped.
 docs/performance.md says how it is done and what is compared with what.
@@ -17,7 +18,6 @@ import argparse
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from bench.peers import NAMES
 
 __all__ = ["main", "run"]
 
-PARTS = ("launch", "calls", "throughput", "idle", "start")
-_ALONE = ("install", "stages", "leaks")
+PARTS = ("launch", "calls", "stages", "throughput", "idle", "start")
+_ALONE = ("install", "leaks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what == ["install"]:
         return install()
     if what == ["stages"]:
-        figures = trio.run(partial(stages.measure, options.runs, profile=options.profile))
+        if options.profile:
+            figures = trio.run(stages.profile, options.runs)
+            return _tell(figures, stages.profile_table(figures), options.json)
+        figures = trio.run(stages.measure, options.runs)
         return _tell(figures, stages.table(figures), options.json)
     if what == ["leaks"]:
         figures = trio.run(leaks.count, options.runs)
@@ -65,6 +68,7 @@ def run(what: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {
         "launch": lambda: launching.measure(options.runs, peers=peers),
         "calls": lambda: calls.measure(options.runs),
+        "stages": lambda: stages.measure(max(1, options.runs // 4)),
         "throughput": lambda: calls.throughput(options.runs, options.callers, options.rounds),
         "idle": lambda: idle.measure(2 * options.runs, options.sessions),
         "start": lambda: starts.measure(max(1, options.runs // 4)),

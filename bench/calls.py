@@ -6,12 +6,15 @@ launches through bwrap. The agent in its sandbox takes the times: what it sees i
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -23,7 +26,7 @@ __all__ = ["BWRAP", "OURS", "PLAIN", "measure", "throughput"]
 
 OURS, PLAIN = "sandboxd", "trio.run_process, no isolation"
 BWRAP = "the same broker with bwrap + seccomp"
-LINE = "the line alone (MCP ping)"
+LINE, RECORD = "the line alone (MCP ping)", "one record made durable"
 _NO_BWRAP = "bwrap is not installed: python -m bench install"
 _ENVIRONMENT = {**stage.ENVIRONMENT, "TOKEN": "x" * 40}
 
@@ -51,13 +54,14 @@ async def measure(rounds: int) -> dict[str, Any]:
             Variant(PLAIN, timed(_plain)),
             Variant(OURS, ours.one, ours.cpu, ours=False),
             Variant(LINE, lambda: _ping(ours), ours=False),
+            Variant(RECORD, timed(partial(_durable, ours.stage.top / "record"))),
         ]
         if theirs is not None:
             variants.append(Variant(BWRAP, theirs.one, theirs.cpu, ours=False))
         lacking = ours.lacking()
         await interleave(variants, rounds)
-        # The line's share of the daemon's CPU time is in both; taken apart it says nothing.
-        pings = variants.pop(2)
+        # No ways to make a call, but what one can't do without. (The line's CPU time is in ours.)
+        pings, records = variants.pop(2), variants.pop(2)
         lacking += [f"afterwards: {what}" for what in ours.lacking()]
         layers = ours.layers()
     by_name = {variant.name: variant.times for variant in variants}
@@ -65,6 +69,7 @@ async def measure(rounds: int) -> dict[str, Any]:
         "program": stage.PROGRAM,
         "variants": [row(variant) for variant in variants],
         "line_ms": statistics.median(pings.times) * 1e3,
+        "record_ms": statistics.median(records.times) * 1e3,
         "absent": {BWRAP: why} if why else {},
         "ratios": {name: ratio(by_name[OURS], times) for name, times in by_name.items()},
         "lacking": lacking,
@@ -118,6 +123,14 @@ async def _plain() -> None:
     )
     if b"TOKEN=" not in done.stdout:
         raise SystemExit(f"{stage.PROGRAM} printed something else")
+
+
+async def _durable(path: Path) -> None:
+    """What an audit record costs at the least: a line appended and synchronised."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.write(fd, b"x" * 399 + b"\n")
+    os.fdatasync(fd)
+    os.close(fd)
 
 
 async def _ping(caller: stage.Caller) -> float:

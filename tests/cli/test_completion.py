@@ -30,6 +30,10 @@ CASES = [
     ("sandboxctl env remove sh COMPLETED_", {"COMPLETED_A", "COMPLETED_B"}, set()),
     ("sandboxctl env remove sh COMPLETED_A COMPLETED_", {"COMPLETED_B"}, set()),
     ("sandboxctl policy explain sh ht", {"http_request"}, {"shell"}),
+    ("sandboxctl policy ", {"check", "explain", "diff"}, {"lint"}),
+    ("sandboxctl tools show ht", {"http_request"}, {"shell"}),
+    ("sandboxctl tools lint --str", {"--strict"}, {"--files"}),
+    ("sandboxctl approvals ", {"list", "show", "approve", "deny", "watch"}, {"status"}),
     ("sandboxctl completion ", {"bash", "zsh", "fish"}, set()),
     ("sandboxctl run sh -- o", set(), {"other"}),
 ]
@@ -47,7 +51,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_variables(daemon: Ctl) -> Ctl:
-    daemon("env", "set", "sh", "COMPLETED_A=1", "COMPLETED_B=2")
+    daemon("env", "set", "sh", "COMPLETED_A=some-value", "COMPLETED_B=some-value")
     return daemon
 
 
