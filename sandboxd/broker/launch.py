@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sandboxd.errors import Invalid
 from sandboxd.isolation.overlay import MERGED
-from sandboxd.isolation.runtime import python_argv, python_mounts
+from sandboxd.isolation.runtime import node_argv, node_mounts, python_argv, python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
 from sandboxd.policy.decide import Decision
@@ -102,11 +102,15 @@ def prepare(
         uid=uid,
         cwd=_WORKSPACE if access != "none" else _TEMPORARY,
         network=decision.network,
-        hostname=tool.name.replace("_", "-"),
+        hostname=tool.name.replace("_", "-")[:32],
         user=_USER,
         program=str(program),
         pin=pin,
-        mounts=(*_own_mounts(tool, held), *_mounts(tool, workspace, access, overlay=overlay)),
+        mounts=(
+            *_own_mounts(tool, held),
+            *_mounts(tool, workspace, access, overlay=overlay),
+            *_program_mount(tool, held),
+        ),
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=launch_limits(decision.limits),
@@ -119,21 +123,29 @@ def _argv(tool: Tool, decision: Decision, held: Held | None) -> tuple[bytes, ...
     program = str(tool.program)
     if tool.runtime == "python":
         start = python_argv(program)
+    elif tool.runtime == "node":
+        start = node_argv(program)
     else:
         start = tuple(map(os.fsencode, held.start if held else (program,)))
     return (*start, *(argument.encode() for argument in decision.argv))
 
 
 def _own_mounts(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
-    """The tool's interpreter, its folder and its program."""
+    """The tool's interpreter and its folder, or what is in it beside the program."""
     if tool.runtime == "python":
         yield from python_mounts()
-    program, pin = Path(tool.program), held.program if held else (0, 0)
+    elif tool.runtime == "node":
+        yield from node_mounts()
     if held is None or held.beside is None:
         yield MountSpec(str(tool.directory), str(tool.directory))
     else:
         for path in held.beside:
             yield MountSpec(str(path), str(path), optional=True)
+
+
+def _program_mount(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
+    """The program, above all that may hold its path as well."""
+    program, pin = Path(tool.program), held.program if held else (0, 0)
     inside = program.is_relative_to(tool.directory)
     if (inside and pin != (0, 0)) or not (inside or program.is_relative_to("/usr")):
         yield MountSpec(str(program), str(program), pin=pin)
