@@ -154,7 +154,9 @@ def change(files: dict[str, Any], where: tuple[Any, ...], how: str, key: str, va
         container[key] = value
     elif how == "add":
         container.append(value)
-    elif isinstance(container, list) and where[-1] >= len(container):
+    elif isinstance(container, list) and not (
+        isinstance(where[-1], int) and where[-1] < len(container)
+    ):
         return
     elif how == "drop" and (isinstance(container, list) or where[-1] in container):
         del container[where[-1]]
