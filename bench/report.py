@@ -163,7 +163,7 @@ def _daemon(part: Mapping[str, Any]) -> Verdict:
 
 
 def _session(part: Mapping[str, Any]) -> Verdict:
-    """Without the right to look nothing is judged: the host's memory holds the kernel's part too."""
+    """Nothing is judged where PSS can't be read: the host's memory holds the kernel's part too."""
     if part["session_pss_bytes"] is not None:
         size = part["session_pss_bytes"]
         return Verdict(f"{size / _MIB:.2f} MiB", size < 2 * _MIB)
