@@ -107,6 +107,21 @@ for _name in ("kcore", "kallsyms", "keys", "key-users", "kmsg", "kpagecount", "k
         fallback=_own_proc, says="outside it tells something")  # fmt: skip
 
 
+def _listed(path: str) -> Callable[[Plan], str]:
+    def attack(plan: Plan) -> str:
+        try:
+            return "ok" if os.listdir(path) else "empty"
+        except FileNotFoundError:
+            return "absent"
+
+    return attack
+
+
+for _name in ("acpi", "asound", "scsi"):
+    add(f"list /proc/{_name}", _KNOBS, _listed(f"/proc/{_name}"), "empty", "absent", outside=HOST,
+        fallback=_listed("/proc/self"), says="outside it tells something")  # fmt: skip
+
+
 def _sysrq(plan: Plan) -> str:
     """Opening it is harmless, writing wouldn't be."""
     try:
