@@ -6,10 +6,12 @@ Hiding ``true`` would tear every output apart and still tell the reader what it 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 
 from sandboxd.errors import Invalid
+from sandboxd.secret import Secret
 
-__all__ = ["FEWEST", "check_maskable", "weakness"]
+__all__ = ["FEWEST", "review", "weakness"]
 
 #: Shorter values are refused: they stand in every output by chance.
 FEWEST = 4
@@ -53,23 +55,30 @@ def weakness(value: bytes) -> str:
     return ""
 
 
-def check_maskable(name: str, value: bytes, *, force: bool = False) -> str:
-    """A warning about a value that output can't be kept clear of, or "".
+def review(
+    values: Mapping[str, Secret], *, plain: Collection[str] = (), force: bool = False
+) -> tuple[list[str], list[str]]:
+    """(warnings, names of what is stored only by force) for values that are about to be stored.
 
-    Raises Invalid for one under :data:`FEWEST` characters unless ``force``. An empty one hides
-    nothing, so nothing is said about it.
+    A warning says why output can't be kept clear of a value safely. ``plain`` are variables that
+    output may show anyway, and an empty value hides nothing: neither has any. Raises Invalid for
+    values of fewer than :data:`FEWEST` characters, naming all of them, unless ``force``.
     """
-    if not value:
-        return ""
-    if len(value.strip()) < FEWEST and not force:
-        del value  # a traceback that shows locals must not show it
+    warnings: list[str] = []
+    short: list[str] = []
+    for name, secret in sorted(values.items()):
+        value = secret.reveal()
+        if not value or name in plain:
+            continue
+        if len(value.strip()) < FEWEST:
+            short.append(name)
+        if reason := weakness(value):
+            warnings.append(f"the value of {name} {reason}: it is masked wherever output has it")
+    if short and not force:
         raise Invalid(
-            f"the value of {name} has fewer than {FEWEST} characters: "
-            "it would be masked wherever it stands by chance",
-            hint="for a plain setting, say redact: false beside it in the tool's manifest; "
-            "if it must be: --force",
+            f"too short to be masked in output, under {FEWEST} characters: {', '.join(short)}; "
+            "nothing was set",
+            hint="output that holds them by chance would be torn; if it is a plain setting, say "
+            "redact: false beside it in the tool's manifest, and else --force",
         )
-    reason = weakness(value)
-    return (
-        f"the value of {name} {reason}: output can't be kept clear of it safely" if reason else ""
-    )
+    return warnings, short

@@ -14,7 +14,9 @@ import trio
 from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, SandboxdError
+from sandboxd.maskable import review
 from sandboxd.names import shown, variable_name
+from sandboxd.policy.model import SecretSpec
 from sandboxd.running import Daemon
 from sandboxd.secret import Secret
 
@@ -62,11 +64,17 @@ class VariableMethods:
             raise Invalid("no variable to set")
         # Names are checked before they are recorded: what stands for one is often a value.
         values = {variable_name(name): _decoded(name, text) for name, text in encoded.items()}
-        now = bool(params.get("now"))
+        now, force = bool(params.get("now")), bool(params.get("force"))
+        weak, forced = review(values, plain=self._plain(agent), force=force)
         # Once begun it is done to the end: a client that leaves must not leave half of it.
         with trio.CancelScope(shield=True):
             await self._daemon.audit.append(
-                "env.set", agent=agent, names=sorted(values), by=caller.name, now=now
+                "env.set",
+                agent=agent,
+                names=sorted(values),
+                by=caller.name,
+                now=now,
+                forced=list(forced),
             )
             async with self._told_when_failing("env.set", agent, caller):
                 put = partial(self._daemon.vault.set, by=caller.name)
@@ -77,7 +85,7 @@ class VariableMethods:
             {
                 "agent": agent,
                 "versions": versions,
-                "warnings": self._unused(agent, versions),
+                "warnings": weak + self._unused(agent, versions),
                 "live_sessions": self._holding(agent, older),
                 "cancelled_calls": cancelled,
             }
@@ -160,15 +168,21 @@ class VariableMethods:
             )
         ]
 
+    def _declared(self, agent: str) -> list[SecretSpec]:
+        """What the tools of the agent declare."""
+        config = self._daemon.config
+        tools = [config.tools[name] for name in config.agents[agent].tools if name in config.tools]
+        return [secret for tool in tools for secret in tool.secrets]
+
+    def _plain(self, agent: str) -> Collection[str]:
+        """Variables that every tool of the agent takes as plain settings."""
+        declared = self._declared(agent)
+        secret = {spec.variable for spec in declared if spec.redact}
+        return {spec.variable for spec in declared} - secret
+
     def _unused(self, agent: str, names: Mapping[str, int]) -> list[str]:
         """A warning for each variable that no tool of the agent declares: it would do nothing."""
-        config = self._daemon.config
-        declared = {
-            secret.variable
-            for tool in config.agents[agent].tools
-            if tool in config.tools
-            for secret in config.tools[tool].secrets
-        }
+        declared = {spec.variable for spec in self._declared(agent)}
         return [f"no tool of {agent} uses {name}" for name in sorted(names) if name not in declared]
 
 

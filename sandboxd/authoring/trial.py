@@ -84,7 +84,7 @@ def try_tool(
         with AdminClient.connect(made.paths) as client:
             if values:
                 encoded = {n: base64.b64encode(v.reveal()).decode() for n, v in values.items()}
-                client.call("env.set", agent=_AGENT, values=encoded, now=False)
+                client.call("env.set", agent=_AGENT, values=encoded, now=False, force=True)
             stdout, stderr, ended = run_tool(
                 client, agent=_AGENT, tool=tool.name, arguments=dict(arguments)
             )

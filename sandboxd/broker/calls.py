@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets as random
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,13 @@ from sandboxd.audit import JSON, AuditLog
 from sandboxd.broker import descriptors
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.capture import Capture, Progress, Stream
-from sandboxd.broker.failures import describe, first
-from sandboxd.broker.gate import Busy, Gate
+from sandboxd.broker.failures import failed_result, first
+from sandboxd.broker.gate import Busy, Gate, Share
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.question import Waiting, refused_by
-from sandboxd.broker.result import CallResult, Outcome, result_of
+from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.session import Session
-from sandboxd.errors import Denied, KernelError, SandboxdError, StoreError, Unavailable
+from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
@@ -123,6 +124,10 @@ class Calls:
         known = session.config.tools
         return [known[name] for name in session.agent.tools if name in known]
 
+    def _share(self, session: Session, name: str) -> Share | None:
+        tool = next((tool for tool in self.tools(session) if tool.name == name), None)
+        return None if tool is None else Share.of(tool)
+
     def running(self, session_id: str | None = None) -> int:
         """How many calls are alive, of one session or of all."""
         return sum(
@@ -145,7 +150,7 @@ class Calls:
         """
         live: _Live | None = None
         try:
-            async with self._gate.slot(session.id):
+            async with self._gate.slot(session.id, self._share(session, tool)):
                 live = _Live(_new_id(), session, tool[:_LONGEST_NAME], trio.current_time())
                 self._live[live.id] = live
                 result = await self._decide(live, arguments, progress)
@@ -195,7 +200,9 @@ class Calls:
                 with live.scope:
                     answer = await self.approvals.wait(
                         asked.waiting,
-                        then=lambda: slot.enter_async_context(self._gate.slot(session.id)),
+                        then=lambda: slot.enter_async_context(
+                            self._gate.slot(session.id, self._share(session, live.tool))
+                        ),
                         why=lambda: live.reason or "its client took it back or left",
                         progress=asked.progress,
                     )
@@ -311,34 +318,8 @@ class Calls:
                 result = await self._execute(live, decision, chosen, progress)
             if live.scope.cancelled_caught:
                 result = replace(result, message=f"the call was ended: {live.reason}")
-        except* SandboxdError as group:
-            error = first(group)
-            outcome: Outcome = "denied" if isinstance(error, Denied) else "failed"
-            reason, hint = error.message, error.hint
-            if isinstance(error, KernelError):
-                # The path is the host's, which an agent need not know; the operator must.
-                log.error("call %s failed: %s", live.id, error.message)
-                reason, hint = KernelError(error.syscall, error.errno).message, ""
-            message = f"{live.tool} could not run: {reason}"
-            result = CallResult(outcome, live.id, message=message, hint=hint)
-        except* OSError as group:  # of our own pipes and files: says nothing of the tool's
-            reason = first(group).strerror or "an operating system error"
-            log.error("call %s failed: %s", live.id, reason)
-            result = CallResult(
-                "failed",
-                live.id,
-                message=f"{live.tool} could not run: {reason}",
-                hint="the daemon may have too few open files: sandboxctl doctor",
-            )
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
-            # No traceback: exceptions quote what they choke on, and that can be a secret.
-            log.error("call %s failed: %s", live.id, describe(first(group)))
-            result = CallResult(
-                "failed",
-                live.id,
-                message=f"{live.tool} could not run: an internal error",
-                hint="the daemon's log says more",
-            )
+            result = failed_result(live.id, live.tool, first(group))
         finally:
             with trio.move_on_after(_REAP, shield=True):
                 await self._record_end(live, result)
@@ -378,7 +359,7 @@ class Calls:
                 progress=progress,
             )
             ended.deadline = trio.current_time() + decision.timeout
-            await self._attend(live, prepared, live.capture, ended)
+            await self._attend(live, prepared, live.capture, ended, tool.grace or 0.0)
         finally:
             if not live.alive and not shares:  # else something may still run as it
                 self._uids.release(uid)
@@ -387,14 +368,13 @@ class Calls:
                 f"its processes would not die in {_REAP:g} s",
                 hint="one hangs in the kernel (state D in ps); the operator must see to the host",
             )
-        return result_of(
-            live.id,
-            live.tool,
-            decision,
-            live.capture,
-            live.exit,
-            timed_out=ended.cancelled_caught,
+        timed_out = ended.cancelled_caught
+        result = result_of(
+            live.id, live.tool, decision, live.capture, live.exit, timed_out=timed_out
         )
+        if tool.output_format != "json":
+            return result
+        return await trio.to_thread.run_sync(with_structure, result, tool)
 
     async def _unseal(
         self, chosen: Sequence[tuple[SecretSpec, Sealed]]
@@ -409,16 +389,21 @@ class Calls:
         return await trio.to_thread.run_sync(unseal)
 
     async def _attend(
-        self, live: _Live, prepared: Prepared, capture: Capture, ended: trio.CancelScope
+        self,
+        live: _Live,
+        prepared: Prepared,
+        capture: Capture,
+        ended: trio.CancelScope,
+        grace: float,
     ) -> None:
         """Start the program and stay with it until its tree is dead and its output read."""
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
             with contextlib.ExitStack() as given:
                 stdout, stdout_end = descriptors.output(given)
                 stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
-                nursery.start_soon(_read, capture, "stdout", stdout, readers[0])
-                nursery.start_soon(_read, capture, "stderr", stderr, readers[1])
+                nursery.start_soon(_read, capture, "stdout", stdout, readers[0], reading[0])
+                nursery.start_soon(_read, capture, "stderr", stderr, readers[1], reading[1])
                 process = await self._launcher.launch(
                     prepared.spec,
                     stdin=descriptors.standard_input(prepared, given),
@@ -436,7 +421,7 @@ class Calls:
                     await self._audit.append("call.launched", **_who(live), pid=process.pid)
                     live.exit = await process.wait()
             finally:
-                await _end(live, process)
+                await _end(live, process, 0.0 if capture.overflowed else grace)
             with trio.move_on_after(_DRAIN):
                 for reader in readers:
                     await reader.wait()
@@ -483,16 +468,28 @@ class Calls:
 
 
 async def _read(
-    capture: Capture, name: Stream, source: trio.lowlevel.FdStream, done: trio.Event
+    capture: Capture,
+    name: Stream,
+    source: trio.lowlevel.FdStream,
+    done: trio.Event,
+    scope: trio.CancelScope,
 ) -> None:
-    await capture.read(name, source)
+    with scope:
+        await capture.read(name, source)
     done.set()
 
 
-async def _end(live: _Live, process: Process) -> None:
-    """Kill what is left of the tree and wait for its end, cancelled or not."""
-    with trio.move_on_after(_REAP, shield=True):
+async def _end(live: _Live, process: Process, grace: float) -> None:
+    """Kill what is left of the tree and wait for its end, cancelled or not.
+
+    A program with ``grace`` gets SIGTERM and that many seconds first, unless an operator ends it.
+    """
+    with trio.move_on_after(_REAP + grace, shield=True):
         try:
+            if grace and live.exit is None and not live.reason:
+                await process.signal(signal.SIGTERM)
+                with trio.move_on_after(grace):
+                    await process.wait()
             await process.kill()
             live.exit = await process.wait()
         except Unavailable:  # the launcher is gone, and as its children every tree with it

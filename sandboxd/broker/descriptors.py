@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import AsyncIterator, Sequence
 
 import trio
 
 from sandboxd.broker.launch import Prepared
 from sandboxd.isolation.wire import sealed_memfd
 
-__all__ = ["memory", "output", "standard_input"]
+__all__ = ["memory", "output", "reading", "standard_input"]
 
 
 def output(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
@@ -38,3 +39,17 @@ def memory(data: bytes, given: contextlib.ExitStack) -> int:
     given.callback(os.close, fd)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+@contextlib.asynccontextmanager
+async def reading(grace: float) -> AsyncIterator[Sequence[trio.CancelScope]]:
+    """The scopes that both streams are read in, ended when the block is.
+
+    Who has ``grace`` to tidy up when its client leaves must not be ended by SIGPIPE meanwhile.
+    """
+    scopes = [trio.CancelScope(shield=grace > 0) for _ in range(2)]
+    try:
+        yield scopes
+    finally:
+        for scope in scopes:
+            scope.cancel()

@@ -30,6 +30,7 @@ from sandboxd import __version__
 from sandboxd.broker.question import Waiting
 from sandboxd.names import shown
 from sandboxd.policy.model import ApprovalSettings, CommandHook, Webhook
+from sandboxd.policy.values import AbsolutePath
 from sandboxd.secret import Secret
 from sandboxd.visible import json_lines
 
@@ -45,6 +46,10 @@ Event = Literal["approval.asked", "approval.ended"]
 _QUEUE, _AT_ONCE = 128, 4
 #: Seconds before each try to reach a web server.
 _TRIES = (0.0, 1.0, 5.0)
+#: Seconds until certificate authorities are read again.
+_KEEP_TLS = 300.0
+#: Seconds that a program that has ended may go on being listened to, through children of it.
+_LAST_WORDS = 0.5
 #: Lines of arguments that a notice carries, and characters of what a program complains.
 _LINES, _COMPLAINT = 100, 500
 
@@ -56,6 +61,7 @@ class Hooks:
         self._settings, self._key = settings, key
         self._send, self._receive = trio.open_memory_channel[tuple[Event, Waiting]](_QUEUE)
         self._dropped = 0
+        self._tls: tuple[AbsolutePath | None, float, ssl.SSLContext] | None = None
 
     def heard(self, waiting: Waiting) -> None:
         """A question was asked, or it ended. Returns at once and never fails."""
@@ -110,8 +116,7 @@ class Hooks:
     async def _try(self, webhook: Webhook, id: str, body: bytes) -> str:
         """Why the server did not take it; "" when it did."""
         try:
-            ca_file = os.fspath(webhook.ca_file) if webhook.ca_file is not None else None
-            tls = await trio.to_thread.run_sync(partial(ssl.create_default_context, cafile=ca_file))
+            tls = await self._context(webhook.ca_file)
             # Neither proxies nor .netrc from the environment, and nothing followed elsewhere.
             async with httpx2.AsyncClient(
                 verify=tls, trust_env=False, follow_redirects=False, timeout=webhook.timeout
@@ -123,9 +128,18 @@ class Hooks:
                     status = response.status_code
             return "" if 200 <= status < 300 else f"the server answered {status}"
         except (httpx2.HTTPError, OSError, ValueError) as error:
-            return f"{type(error).__name__}: {shown(str(error), 200)}"
+            return f"{type(error).__name__}: {shown(_cause(error), 200)}"
         except Exception as error:  # noqa: BLE001  # a hook must not end the daemon
             return type(error).__name__
+
+    async def _context(self, ca_file: AbsolutePath | None) -> ssl.SSLContext:
+        """What verifies certificates. Making it takes long, so it is kept for a while."""
+        now = trio.current_time()
+        if self._tls is None or self._tls[0] != ca_file or self._tls[1] < now:
+            path = os.fspath(ca_file) if ca_file is not None else None
+            made = await trio.to_thread.run_sync(partial(ssl.create_default_context, cafile=path))
+            self._tls = ca_file, now + _KEEP_TLS, made
+        return self._tls[2]
 
     def _headers(self, id: str, body: bytes) -> dict[str, str]:
         stamp = str(int(time.time()))
@@ -195,13 +209,15 @@ async def _run(hook: CommandHook, call: str, body: bytes) -> None:
     except OSError as error:
         log.warning("the hook for %s can't be run: %s", call, error.strerror)
         return
-    complaint = bytearray()
+    complaint, heard = bytearray(), trio.Event()
     try:
         with trio.move_on_after(hook.timeout) as patience:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_feed, process, body)
-                nursery.start_soon(_listen, process, complaint)
+                nursery.start_soon(_listen, process, complaint, heard)
                 await process.wait()
+                with trio.move_on_after(_LAST_WORDS):
+                    await heard.wait()
                 nursery.cancel_scope.cancel()
     finally:
         if process.returncode is None:
@@ -226,10 +242,19 @@ async def _feed(process: trio.Process, body: bytes) -> None:
         await process.stdin.aclose()
 
 
-async def _listen(process: trio.Process, complaint: bytearray) -> None:
+async def _listen(process: trio.Process, complaint: bytearray, heard: trio.Event) -> None:
     if process.stderr is not None:
         while data := await process.stderr.receive_some(4096):
             complaint += data[: max(0, _COMPLAINT - len(complaint))]
+    heard.set()
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost thing that is said of a failure: libraries wrap it in less."""
+    said = str(error)
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error, said = inner, str(inner) or said
+    return said
 
 
 def _iso(at: float) -> str:

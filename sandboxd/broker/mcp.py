@@ -140,6 +140,7 @@ def _describe(tool: Tool) -> types.Tool:
         title=hints.get("title"),
         description=tool.description,
         input_schema=dict(tool.input_schema),
+        output_schema=None if tool.output_schema is None else dict(tool.output_schema),
         annotations=types.ToolAnnotations.model_validate(hints) if hints else None,
     )
 
@@ -147,9 +148,12 @@ def _describe(tool: Tool) -> types.Tool:
 def _answer(result: CallResult) -> types.CallToolResult:
     """Standard output, then standard error, then what people should know about the end."""
     content: list[types.ContentBlock] = []
-    for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+    for name, data, form in (
+        ("stdout", result.stdout, result.output_format),
+        ("stderr", result.stderr, "auto"),
+    ):
         if data:
-            content.append(_block(name, data, result.call))
+            content.append(_block(name, data, form, result.call))
     explanation = result.message
     if result.hint:
         explanation += f"\nhint: {result.hint}"
@@ -160,16 +164,20 @@ def _answer(result: CallResult) -> types.CallToolResult:
     about = {"outcome": result.outcome, "call": result.call, "exit_code": result.exit_code}
     return types.CallToolResult(
         content=content,
+        structured_content=result.structured,
         is_error=result.outcome != "ok",
         _meta={f"sandboxd/{key}": value for key, value in about.items() if value not in ("", None)},
     )
 
 
-def _block(name: str, data: bytes, call: str) -> types.ContentBlock:
-    """Text as text; bytes that are no UTF-8 whole, as a base64 resource."""
+def _block(name: str, data: bytes, form: str, call: str) -> types.ContentBlock:
+    """Text as text; bytes that are none, by what the manifest says or no UTF-8, as a resource."""
     meta = {"sandboxd/stream": name}
     try:
-        return types.TextContent(type="text", text=data.decode("utf-8"), _meta=meta)
+        if form == "binary":
+            raise UnicodeDecodeError("utf-8", b"", 0, 0, "not meant to be text")
+        text = data.decode("utf-8", "replace" if form == "text" else "strict")
+        return types.TextContent(type="text", text=text, _meta=meta)
     except UnicodeDecodeError:
         blob = types.BlobResourceContents(
             uri=f"sandboxd://calls/{call}/{name}",

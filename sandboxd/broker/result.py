@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sandboxd.broker.capture import Capture
+from sandboxd.errors import Invalid
 from sandboxd.isolation.client import Exit
 from sandboxd.policy.decide import Decision
+from sandboxd.policy.model import OutputFormat, Tool
+from sandboxd.policy.results import parse_output
 
-__all__ = ["CallResult", "Outcome", "result_of"]
+__all__ = ["CallResult", "Outcome", "result_of", "with_structure"]
 
 Outcome = Literal["ok", "denied", "failed", "timeout", "cancelled", "overflow", "busy"]
 
 
 @dataclass(frozen=True)
 class CallResult:
-    """How a call ended. ``stdout`` and ``stderr`` are redacted; ``message`` is for people."""
+    """How a call ended. ``stdout`` and ``stderr`` are redacted; ``message`` is for people.
+
+    ``structured`` is the JSON object that ``stdout`` holds, where the manifest says that it does.
+    """
 
     outcome: Outcome
     call: str = ""
@@ -29,6 +35,8 @@ class CallResult:
     message: str = ""
     hint: str = ""
     rule: str = ""
+    output_format: OutputFormat = "auto"
+    structured: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def result_of(
@@ -44,6 +52,7 @@ def result_of(
         stderr=capture.stderr,
         truncated=capture.truncated,
         rule=decision.rule,
+        output_format=decision.tool.output_format if decision.tool is not None else "auto",
     )
     if capture.overflowed:
         return replace(
@@ -76,6 +85,25 @@ def result_of(
         message = f"only the first {decision.output_limit:,} bytes of output were kept"
         return replace(result, message=message)
     return result
+
+
+def with_structure(result: CallResult, tool: Tool) -> CallResult:
+    """The result of a tool that prints JSON, with it; a failure when it isn't what was promised.
+
+    It is read after redaction: nothing is in it that is not in ``stdout``.
+    """
+    if result.outcome != "ok" or tool.output_format != "json":
+        return result
+    hint = f"the program does not keep what {tool.source} says of its output"
+    try:
+        if result.truncated:
+            hint = f"ask for less at once; the operator sets output_limit in {tool.source}"
+            raise Invalid("output: cut at the limit, so it is no JSON any more")
+        value = parse_output(tool, result.stdout)
+    except Invalid as refused:
+        message = f"{tool.name} answered with what it must not: {refused.message}"
+        return replace(result, outcome="failed", message=message, hint=hint)
+    return replace(result, structured=value) if isinstance(value, dict) else result
 
 
 def _signal(number: int) -> tuple[str, str]:

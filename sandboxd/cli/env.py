@@ -25,6 +25,12 @@ _MAX_INPUT = 8 << 20
 #: Most characters that a terminal delivers as one line (N_TTY_BUF_SIZE less its end, termios(3)).
 _TERMINAL_LINE = 4095
 
+_MASKED = (
+    "Where a tool's output holds a value, its name is shown instead. A value that any output may "
+    "hold (a word, a short number) is warned about, and one of fewer than 4 characters refused "
+    "unless --force; not if the tools that take it say redact: false."
+)
+
 _WHEN = (
     "A new version takes effect on the agent's next session; sessions that are running keep the "
     "one they started with, unless --now takes it from them and ends the tool calls that hold it."
@@ -59,7 +65,8 @@ def add(commands: Commands, name: str, line: str) -> None:
             "only a NAME the value is asked for, twice and hidden. " + _WHEN + "\n\n"
             "A value on the command line can be read by every user of this host in 'ps' and stays "
             "in the shell's history: prefer the prompt, --stdin or --file. A single line that is "
-            "read from there loses its final newline; several lines are kept as they are.",
+            "read from there loses its final newline; several lines are kept as they are.\n\n"
+            + _MASKED,
             usage="sandboxctl env set [options] AGENT NAME\n"
             "       sandboxctl env set [options] AGENT NAME (--stdin | --file PATH)\n"
             "       sandboxctl env set [options] AGENT NAME VALUE\n"
@@ -68,7 +75,7 @@ def add(commands: Commands, name: str, line: str) -> None:
                 ("sandboxctl env set reporter API_TOKEN", "ask for the value"),
                 ("pass show api/token | sandboxctl env set reporter API_TOKEN --stdin", "pipe it"),
                 ("sandboxctl env set reporter DEPLOY_KEY --file id_ed25519", "from a file"),
-                ("sandboxctl env set reporter DB_USER=app DB_NAME=sales", "two at once"),
+                ("sandboxctl env set reporter DB_USER=reporting DB_NAME=sales-2026", "two at once"),
                 ("sandboxctl env set --now reporter API_TOKEN", "replace one that leaked"),
             ],
         )
@@ -83,6 +90,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.add_argument(
         "--keep-newline", action="store_true", help="keep the final newline of a single line too"
     )
+    _with_force(parser)
     _with_now(parser)
     parser = _with_agent(
         command(
@@ -107,7 +115,7 @@ def add(commands: Commands, name: str, line: str) -> None:
             description="Set every variable of a .env file in one transaction. Quotes, comments, "
             "'export' and values over several lines are understood; $NAME is not expanded. When "
             "anything in the file is wrong, every mistake is listed with its line and nothing is "
-            "set. " + _WHEN,
+            "set. " + _WHEN + "\n\n" + _MASKED,
             examples=[
                 ("sandboxctl env import reporter .env --dry-run", "look first"),
                 ("sops -d secrets.env | sandboxctl env import reporter -", "from standard input"),
@@ -117,6 +125,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.add_argument("file", metavar="FILE", help="the file; - reads standard input")
     parser.lookups["file"] = "files"
     parser.add_argument("--dry-run", action="store_true", help="show what would be set")
+    _with_force(parser)
     _with_now(parser)
 
 
@@ -170,6 +179,8 @@ def import_(args: argparse.Namespace) -> int:
     entries = read_entries(args.file, otherwise="nothing was set")
     if not args.dry_run:
         return _send(args, {entry.name: entry.value for entry in entries})
+    from sandboxd.maskable import weakness
+
     known = _known(args)
     rows = [
         {
@@ -177,6 +188,7 @@ def import_(args: argparse.Namespace) -> int:
             "name": entry.name,
             "size": len(entry.value),
             "replaces_version": None if known is None else known.get(entry.name),
+            "weakness": weakness(entry.value) if entry.value else "",
         }
         for entry in entries
     ]
@@ -196,6 +208,9 @@ def import_(args: argparse.Namespace) -> int:
         ("LINE", "NAME", "SIZE", "WOULD"),
         empty="",
     )
+    for row in rows:
+        if row["weakness"]:
+            output.note(f"warning: the value of {row['name']} {row['weakness']}")
     output.note("nothing was set: this was a dry run")
     return 0
 
@@ -343,7 +358,9 @@ def _read(path: str, shown: str) -> bytes:
 def _send(args: argparse.Namespace, values: dict[str, bytes]) -> int:
     encoded = {name: base64.b64encode(value).decode() for name, value in values.items()}
     with connect(args) as daemon:
-        got = daemon.call("env.set", agent=args.agent, values=encoded, now=args.now)
+        got = daemon.call(
+            "env.set", agent=args.agent, values=encoded, now=args.now, force=args.force
+        )
     if args.json:
         output.print_json(got)
         return 0
@@ -389,6 +406,12 @@ def _with_agent(parser: Parser) -> Parser:
     parser.add_argument("agent", metavar="AGENT", help="the agent's slug")
     parser.lookups["agent"] = "agents"
     return parser
+
+
+def _with_force(parser: Parser) -> None:
+    parser.add_argument(
+        "--force", action="store_true", help="also values that are too short to be masked"
+    )
 
 
 def _with_now(parser: Parser) -> None:

@@ -6,6 +6,7 @@ from sandboxd.policy.loader import load_config, load_settings
 from sandboxd.policy.model import (
     Agent,
     Annotations,
+    Concurrency,
     Config,
     Key,
     Limits,
@@ -25,6 +26,7 @@ from sandboxd.policy.toolcheck import check_program
 __all__ = [
     "Agent",
     "Annotations",
+    "Concurrency",
     "Config",
     "ConfigErrors",
     "Decision",

@@ -33,6 +33,7 @@ __all__ = [
     "MAX_VALUES",
     "check_arguments",
     "check_schema",
+    "explain",
     "parse_arguments",
 ]
 
@@ -76,12 +77,12 @@ def check_arguments(tool: Tool, arguments: Any) -> Mapping[str, Any]:
         raise Invalid("the tool's input schema can't judge these arguments") from None
     error = best_match(errors)
     if error is not None:
-        raise Invalid(_explain(error))
+        raise Invalid(explain(error))
     return arguments
 
 
-def check_schema(schema: Any) -> Draft202012Validator:
-    """A validator for a manifest's ``input``. Raises Wrong with the path inside the schema."""
+def check_schema(schema: Any, key: str = "input") -> Draft202012Validator:
+    """A validator for a manifest's ``input`` or ``output``. Raises Wrong with the path inside."""
     if not isinstance(schema, Mapping):
         raise Wrong(f"expected a JSON Schema, found {found(schema)}")
     schema = dict(schema)
@@ -91,11 +92,10 @@ def check_schema(schema: Any) -> Draft202012Validator:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         place = tuple(error.absolute_path)
-        raise Wrong(
-            f"not a valid JSON Schema: {_explain(error, root='input')}", path=place
-        ) from None
+        raise Wrong(f"not a valid JSON Schema: {explain(error, root=key)}", path=place) from None
     if schema.get("type") != "object":
-        raise Wrong("expected type: object, as tool arguments are", path=("type",))
+        what = "tool arguments" if key == "input" else "structured results (MCP)"
+        raise Wrong(f"expected type: object, as {what} are", path=("type",))
     _check_unique(schema, ())
     schema = strict_patterns(schema)
     registry: Registry[Any] = Registry()
@@ -237,7 +237,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "nothing" if value is None else "a number")
 
 
-def _explain(error: ValidationError | SchemaError, root: str = "arguments") -> str:
+def explain(error: ValidationError | SchemaError, root: str = "arguments") -> str:
     """One line: where, and what was expected; from the schema's side, so without values."""
     place = root
     for step in itertools.islice(error.absolute_path, 12):

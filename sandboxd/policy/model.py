@@ -38,6 +38,7 @@ __all__ = [
     "Annotations",
     "ApprovalSettings",
     "CommandHook",
+    "Concurrency",
     "Condition",
     "Config",
     "Key",
@@ -55,6 +56,8 @@ __all__ = [
 ]
 
 Network = Literal["none", "host"]
+#: What a tool's standard output is.
+OutputFormat = Literal["auto", "text", "json", "binary"]
 #: What becomes of a call: it runs, it doesn't, or an operator is asked first.
 Verdict = Literal["allow", "deny", "ask"]
 #: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
@@ -276,6 +279,16 @@ class Stdin:
 
 
 @attrs.frozen
+class Concurrency:
+    """How many calls of one tool run at once, over all sessions and in each. None: as many as the
+    daemon's own bounds let. Calls beyond it wait in their session's queue.
+    """
+
+    total: Count | None = None
+    per_session: Count | None = None
+
+
+@attrs.frozen
 class Annotations:
     """Hints for MCP clients; no decision depends on them."""
 
@@ -292,7 +305,11 @@ class Annotations:
 
 @attrs.frozen
 class Tool:
-    """tools/NAME/tool.yaml. ``program`` and ``directory`` are real paths: no symbolic links."""
+    """tools/NAME/tool.yaml. ``program`` and ``directory`` are real paths: no symbolic links.
+
+    ``grace``: seconds between SIGTERM and the end by force; None: none. With ``output_schema``
+    the standard output is JSON and matches it. A format of ``auto`` is text where it is UTF-8.
+    """
 
     name: ToolName
     description: Line
@@ -308,9 +325,13 @@ class Tool:
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
     timeout: Duration = Duration(60.0)
+    grace: Duration | None = None
+    output_schema: Mapping[str, Any] | None = attrs.field(default=None, metadata={"key": "output"})
+    output_format: OutputFormat = "auto"
     output_limit: Size = Size(1 << 20)
     on_overflow: Literal["truncate", "kill"] = "truncate"
     limits: Limits = Limits()
+    concurrency: Concurrency = Concurrency()
     approval: Literal["none", "ask"] = "none"
     annotations: Annotations = Annotations()
     replaces: Literal["shipped"] | None = None
@@ -319,6 +340,7 @@ class Tool:
     source: str = _loaded("")
     shipped: bool = _loaded(False)
     validator: Any = _loaded(None, eq=False, repr=False)
+    output_validator: Any = _loaded(None, eq=False, repr=False)
 
 
 @attrs.frozen

@@ -24,7 +24,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from sandboxd.names import shown
 from sandboxd.policy import values
-from sandboxd.policy.model import Condition, SecretSpec, Stdin
+from sandboxd.policy.model import Concurrency, Condition, SecretSpec, Stdin
 from sandboxd.policy.policyfile import Globs
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.template import Template, compile_template
@@ -53,7 +53,8 @@ def structure(document: Document, cls: type[T], problems: Problems) -> T | None:
         return None
     before = len(problems.errors)
     value = dict(value)
-    _check_version(value, document, problems)
+    if not _check_version(value, document, problems):
+        return None  # another version has other keys: reading on would report them all
     _check_empty(value, (), document, problems)
     try:
         result = _converter.structure(value, cls)
@@ -74,7 +75,8 @@ def keys_of(cls: Any) -> dict[str, str]:
     }
 
 
-def _check_version(value: dict[str, Any], document: Document, problems: Problems) -> None:
+def _check_version(value: dict[str, Any], document: Document, problems: Problems) -> bool:
+    """Take the version out of ``value``; whether the rest can be read by what this one means."""
     if "version" not in value:
         problems.add(
             document.file,
@@ -82,14 +84,20 @@ def _check_version(value: dict[str, Any], document: Document, problems: Problems
             "missing key 'version'",
             f"start the file with: version: {VERSION}",
         )
-        return
+        return True
     version = value.pop("version")
-    if isinstance(version, bool) or version != VERSION or not isinstance(version, int):
-        problems.add(
-            document.file,
-            document.at(("version",)),
-            f"expected version {VERSION}, found {found(version)}",
-        )
+    if version == VERSION and isinstance(version, int) and not isinstance(version, bool):
+        return True
+    newer = isinstance(version, int) and version > VERSION
+    problems.add(
+        document.file,
+        document.at(("version",)),
+        f"version {version} is newer than this sandboxd, which reads version {VERSION}"
+        if newer
+        else f"expected version {VERSION}, found {found(version)}",
+        "upgrade sandboxd, or write the file for an older one" if newer else "",
+    )
+    return not newer
 
 
 def _check_empty(value: Any, path: Path, document: Document, problems: Problems) -> None:
@@ -103,7 +111,7 @@ def _check_empty(value: Any, path: Path, document: Document, problems: Problems)
                 f"{_spell(place)} has no value",
                 "leave the key out to have its default" if isinstance(key, str) else "",
             )
-        elif isinstance(inner, dict | list) and key not in ("input", "when"):
+        elif isinstance(inner, dict | list) and key not in ("input", "output", "when"):
             _check_empty(inner, place, document, problems)
 
 
@@ -251,6 +259,12 @@ def _secret(value: Any, build: Callable[[Any, Any], Any]) -> SecretSpec:
     return spec if spec.as_name else attrs.evolve(spec, as_name=spec.variable)
 
 
+def _concurrency(value: Any, build: Callable[[Any, Any], Any]) -> Concurrency:
+    if not isinstance(value, dict):  # the short form: over all sessions
+        return Concurrency(total=values.count(value))
+    return typing.cast(Concurrency, build(value, Concurrency))
+
+
 def _stdin(value: Any) -> Stdin:
     if isinstance(value, dict):
         if set(value) != {"text"} or not isinstance(value["text"], str) or not value["text"]:
@@ -318,6 +332,10 @@ def _make_converter() -> Converter:
         converter.register_structure_hook(kind, _hook(check))
     secret = _class_hook(SecretSpec, converter)
     converter.register_structure_hook(SecretSpec, lambda value, _: _secret(value, secret))
+    concurrency = _class_hook(Concurrency, converter)
+    converter.register_structure_hook(
+        Concurrency, lambda value, _: _concurrency(value, concurrency)
+    )
     converter.register_structure_hook(Stdin, lambda value, _: _stdin(value))
     converter.register_structure_hook(Globs, lambda value, _: _globs(value))
     converter.register_structure_hook(Condition, lambda value, _: _condition(value))

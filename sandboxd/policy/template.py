@@ -7,9 +7,11 @@ Elements of ``argv`` in a manifest:
 ``--flag={name}``   the value after a literal option; the literal ends in ``=``
 ``[--flag, "{name}"]``  a group: dropped as a whole when an argument in it is absent
 ``{if: name, argv: [...]}``  only when the boolean argument ``name`` is true
+``{operands: [...]}``  comes last: ``--`` and these, or nothing when all of them are absent
 
 An absent argument (or null) drops its element; a list repeats it. A value that starts with ``-``
-is refused wherever the program could read it as an option, which is everywhere but after ``=``.
+is refused wherever the program could read it as an option, which is everywhere but after ``=``:
+also behind ``--`` (POSIX.1-2024, Utility Syntax Guideline 10), which not every program honours.
 """
 
 from __future__ import annotations
@@ -46,10 +48,14 @@ class Element:
 
 @attrs.frozen
 class Group:
-    """Elements that come and go together; ``condition`` names a boolean argument."""
+    """Elements that come and go together; ``condition`` names a boolean argument.
+
+    Before the first ``operand`` that is there the filled vector has a ``--``.
+    """
 
     elements: tuple[Element, ...]
     condition: str = ""
+    operand: bool = False
 
 
 @attrs.frozen
@@ -72,8 +78,16 @@ def compile_template(value: Any) -> Template:
         raise Wrong(f"expected a list of elements, found {found(value)}")
     groups: list[Group] = []
     for index, item in enumerate(value):
+        if groups and groups[-1].operand:
+            raise Wrong(
+                "an element after the operands would be one of them",
+                "move it before {operands: [...]}, which comes last",
+                (index,),
+            )
         if isinstance(item, list):
             groups.append(Group(_elements(item, (index,))))
+        elif isinstance(item, dict) and "operands" in item:
+            groups += _operands(item, index, groups)
         elif isinstance(item, dict):
             groups.append(_conditional(item, index))
         else:
@@ -85,10 +99,14 @@ def fill(template: Template, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The argument vector for ``arguments``. Raises :class:`Refused`."""
     out: list[str] = []
     total = 0
+    marked = False
     for group in template.groups:
         if group.condition and arguments.get(group.condition) is not True:
             continue
-        for word in _expand(group, arguments):
+        words = list(_expand(group, arguments))
+        if group.operand and words and not marked:
+            words, marked = ["--", *words], True
+        for word in words:
             size = len(word.encode("utf-8", "surrogatepass")) + 1
             total += size
             if size > MAX_ENV_STRING:
@@ -156,6 +174,21 @@ def _conditional(item: dict[str, Any], index: int) -> Group:
     if not isinstance(condition, str) or not condition:
         raise Wrong(f"expected an argument's name, found {found(condition)}", path=(index, "if"))
     return Group(_elements(item["argv"], (index, "argv")), condition)
+
+
+def _operands(item: dict[str, Any], index: int, before: list[Group]) -> list[Group]:
+    if set(item) != {"operands"}:
+        raise Wrong("expected the one key 'operands'", path=(index,))
+    if any(element == Element("--") for group in before for element in group.elements):
+        raise Wrong("'--' is put before operands by itself", "drop the literal '--'", (index,))
+    path = (index, "operands")
+    groups = [Group((e,), operand=True) for e in _elements(item["operands"], path)]
+    for position, group in enumerate(groups):
+        if group.elements[0].before.startswith("-"):
+            raise Wrong(
+                "an operand that starts with '-' is an option", "move it up", (*path, position)
+            )
+    return groups
 
 
 def _element(item: Any, path: tuple[str | int, ...]) -> Element:

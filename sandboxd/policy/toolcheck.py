@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -20,6 +21,9 @@ from sandboxd.policy.values import ProgramPath, Wrong, nearest
 from sandboxd.policy.yamlpos import Document
 
 __all__ = ["check_environment", "check_mounts", "check_program", "complete_tool"]
+
+#: Seconds that a program may take to end by itself.
+MAX_GRACE = 60.0
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -53,12 +57,11 @@ _HOST_TREES = ("/proc", "/sys", "/dev")
 def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Problems) -> Tool | None:
     """The tool with its validator, real program path and digest; None after noting problems."""
     before = len(problems.errors)
-    validator = None
-    try:
-        validator = check_schema(tool.input_schema)
-    except Wrong as wrong:
-        place = document.at(("input", *wrong.path))
-        problems.add(document.file, place, wrong.message, wrong.hint)
+    validator = _schema(tool.input_schema, "input", document, problems)
+    output_validator = None
+    if tool.output_schema is not None:
+        output_validator = _schema(tool.output_schema, "output", document, problems)
+    _check_output(tool, document, problems)
     _check_arguments_used(tool, document, problems)
     _check_secrets(tool, document, problems)
     check_environment(
@@ -80,7 +83,14 @@ def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Proble
             f"{tool.name} takes arguments that its schema doesn't name; "
             "add additionalProperties: false",
         )
-    return attrs.evolve(tool, validator=validator, program=program, digest=digest)
+    return attrs.evolve(
+        tool,
+        validator=validator,
+        output_validator=output_validator,
+        output_format=tool.output_format if tool.output_schema is None else "json",
+        program=program,
+        digest=digest,
+    )
 
 
 def check_program(tool: Tool) -> None:
@@ -191,6 +201,39 @@ def _is_socket(path: str) -> bool:
         return stat.S_ISSOCK(Path(path).stat().st_mode)
     except OSError:
         return False
+
+
+def _schema(schema: Any, key: str, document: Document, problems: Problems) -> Any:
+    try:
+        return check_schema(schema, key)
+    except Wrong as wrong:
+        place = document.at((key, *wrong.path))
+        problems.add(document.file, place, wrong.message, wrong.hint)
+        return None
+
+
+def _check_output(tool: Tool, document: Document, problems: Problems) -> None:
+    if tool.output_schema is not None and tool.output_format not in ("auto", "json"):
+        problems.add(
+            document.file,
+            document.at(("output_format",)),
+            f"output describes JSON, and output_format is {tool.output_format}",
+            "leave output_format out",
+        )
+    if tool.grace is not None and tool.grace > MAX_GRACE:
+        problems.add(
+            document.file,
+            document.at(("grace",)),
+            f"expected a grace of at most {MAX_GRACE:g} s",
+            "the call's slot stays taken meanwhile; raise timeout instead",
+        )
+    most, each = tool.concurrency.total, tool.concurrency.per_session
+    if most is not None and each is not None and each > most:
+        problems.add(
+            document.file,
+            document.at(("concurrency", "per_session")),
+            f"per_session: {each} is more than the {most} of all sessions together",
+        )
 
 
 def _check_arguments_used(tool: Tool, document: Document, problems: Problems) -> None:

@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from sandboxd.redact.matcher import Matcher
 from sandboxd.redact.stream import Redactor, Streams
+from sandboxd.redact.structure import Mask
 
-__all__ = ["Matcher", "Redactor", "Streams"]
+__all__ = ["Mask", "Matcher", "Redactor", "Streams"]

@@ -13,6 +13,7 @@ import contextlib
 import json
 import urllib.parse
 from collections.abc import Iterator
+from itertools import compress
 
 from sandboxd.maskable import weakness
 from sandboxd.redact.unescape import unescape
@@ -54,7 +55,17 @@ class Form:
     occurrence spans ``reach`` bytes at most. ``guarded``: its beginning is worth hiding.
     """
 
-    __slots__ = ("anchor", "drops", "exact", "guarded", "literal", "name", "reach", "table")
+    __slots__ = (
+        "anchor",
+        "drops",
+        "exact",
+        "guarded",
+        "literal",
+        "name",
+        "reach",
+        "table",
+        "text",
+    )
 
     def __init__(
         self,
@@ -66,7 +77,8 @@ class Form:
         literal: bool = False,
         guarded: bool = True,
     ) -> None:
-        self.name, self.table, self.literal, self.guarded = name, table, literal, guarded
+        self.name, self.text, self.table = name, text, table
+        self.literal, self.guarded = literal, guarded
         self.drops = b"" if literal else drops
         if literal:
             self.exact, self.anchor = text, text[:ANCHOR]
@@ -78,6 +90,15 @@ class Form:
 
     def __repr__(self) -> str:
         return f"<Form of {self.name}>"
+
+    def told(self, count: int, drops: bytes) -> int:
+        """How much of the form its first bytes tell, ``count`` of those that are not dropped."""
+        begin = self.text[: count + 1]
+        if len(begin.translate(None, drops)) == len(begin):
+            return count
+        kept = self.text.lstrip(drops)
+        places = list(compress(range(len(kept)), kept.translate(KEPT[drops])))
+        return places[count] if count < len(places) else len(kept)
 
 
 def forms(name: str, value: bytes) -> list[Form]:
@@ -131,7 +152,10 @@ def _spellings(text: bytes) -> Iterator[bytes]:
         yield text.replace(b" ", b"+")  # application/x-www-form-urlencoded
     if not text.isascii():
         with contextlib.suppress(UnicodeError):
-            yield text.decode("utf-8").encode("latin-1")  # as some languages escape it
+            plain = text.decode("utf-8")
+            yield plain.encode("utf-16-le")
+            yield plain.encode("utf-16-be")
+            yield plain.encode("latin-1")  # as some languages escape it
     view = unescape(text)
     if view is not None and view.data:
         yield view.data
@@ -139,9 +163,9 @@ def _spellings(text: bytes) -> Iterator[bytes]:
     password = _password(text)
     if password:
         yield password
-        plain = urllib.parse.unquote_to_bytes(password)
-        if plain != password:
-            yield plain
+        decoded = urllib.parse.unquote_to_bytes(password)
+        if decoded != password:
+            yield decoded
 
 
 def _password(text: bytes) -> bytes:

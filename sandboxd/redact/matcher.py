@@ -14,7 +14,7 @@ from itertools import compress, islice
 from typing import Any, NamedTuple
 
 from sandboxd.redact.encodings import ANCHOR, CANON, CANON_DROPS, KEPT, Form, forms
-from sandboxd.redact.unescape import View, align, escapes, unescape, unfinished
+from sandboxd.redact.unescape import View, align, escapes, unescape, unescape_apart, unfinished
 from sandboxd.secret import Secret
 
 #: Without it, where no build of it exists, the search is slower and finds the same.
@@ -94,25 +94,37 @@ class Matcher:
         spans: list[Span] = []
         opens: list[Open] = []
         self._look(_Look(text, spans, opens))
-        cut = unfinished(text)
+        hold = cut = unfinished(text)
         for begin, end in self._windows(text, cut):
-            look = _Look(text[begin:end], spans, opens, begin, last=end == cut)
-            if end == cut < len(text):
-                self._look(look)
-            for _ in range(_ROUNDS):
-                view = unescape(look.data)
-                if view is None:
-                    break
-                look = look.through(view)
-                self._look(look)
-        hold = min((entry.start for entry in opens), default=cut)
-        hold = min(hold, cut)
+            look = _Look(text[begin:end], spans, opens, begin, last=end == len(text))
+            hold = min(hold, self._decode(look, _ROUNDS))
+            for view in unescape_apart(look.data):
+                self._look(look.through(view))
+        hold = min(hold, min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)
         return Found(spans, opens, hold)
 
+    def _decode(self, look: _Look, rounds: int) -> int:
+        """Look at it decoded, as often as it is nested; where an escape is that the end cuts."""
+        hold = look.begin + len(look.data)
+        looks = [look]
+        cut = unfinished(look.data) if look.last else len(look.data)
+        if cut < len(look.data):
+            # Both as if nothing followed and as if the escape went on.
+            hold = look.place(cut, cut + 1)[0]
+            looks.append(look._replace(data=look.data[:cut]))
+            self._look(looks[1])
+        for each in looks if rounds else ():
+            view = unescape(each.data)
+            if view is not None:
+                deeper = each.through(view)
+                self._look(deeper)
+                hold = min(hold, self._decode(deeper, rounds - 1))
+        return hold
+
     def _windows(self, text: bytes, cut: int) -> Iterator[tuple[int, int]]:
-        """Parts of the text up to ``cut`` whose escapes can be within an occurrence."""
+        """Parts of the text whose escapes can be within an occurrence, or cut at the end."""
         places = escapes(text)
         if cut < len(text):
             places.append(cut)
@@ -123,10 +135,10 @@ class Matcher:
                     yield begin, end
                 begin = align(text, place - self._widest)
             end = max(end, place + self._widest)
-            if end >= cut:
+            if end >= len(text):
                 break
         if begin < end:
-            yield begin, min(end, cut)
+            yield begin, min(end, len(text))
 
     def _look(self, look: _Look) -> None:
         for lens in self._lenses:
@@ -203,7 +215,7 @@ class _Lens:
             if head is not None:
                 start = self._from_end(data, len(tail) - at)
                 if len(data) - start <= self._widest:
-                    yield start, len(data), head, len(tail) - at
+                    yield start, len(data), head, head.told(len(tail) - at, self._drops)
                 break
 
     def _from_end(self, data: bytes, count: int) -> int:
@@ -231,7 +243,7 @@ def _compare(form: Form, data: bytes, start: int) -> tuple[int, int]:
         kept = compress(range(len(window)), window.translate(KEPT[form.drops]))
         return start + next(islice(kept, size - 1, None)) + 1, 0
     if exact.startswith(text) and start + form.reach > len(data):
-        return len(data), len(text)
+        return len(data), form.told(len(text), form.drops)
     return 0, 0
 
 

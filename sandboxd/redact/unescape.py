@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable
 
-__all__ = ["View", "align", "escapes", "unescape", "unfinished"]
+__all__ = ["View", "align", "escapes", "unescape", "unescape_apart", "unfinished"]
 
 _HEX = rb"[0-9A-Fa-f]"
 _PERCENT = _HEX + rb"{2}"
@@ -63,10 +63,10 @@ _LETTERS = {
 class View:
     """Bytes that were decoded from others; positions in them lead back to the others."""
 
-    __slots__ = ("_decoded", "_lengths", "_source", "_starts", "_widths", "data")
+    __slots__ = ("_decoded", "_lengths", "_pattern", "_source", "_starts", "_widths", "data")
 
-    def __init__(self, data: bytes, source: bytes) -> None:
-        self.data, self._source = data, source
+    def __init__(self, data: bytes, source: bytes, pattern: re.Pattern[bytes]) -> None:
+        self.data, self._source, self._pattern = data, source, pattern
         self._starts: list[int] | None = None  # of the escapes, in the source
         self._widths: list[int] = []
         self._decoded: list[int] = []  # and in the data
@@ -94,7 +94,7 @@ class View:
     def _index(self) -> list[int]:
         starts: list[int] = []
         shift = 0
-        for match in _ESCAPE.finditer(self._source):
+        for match in self._pattern.finditer(self._source):
             begin, width, length = match.start(), match.end() - match.start(), len(_decode(match))
             starts.append(begin)
             self._widths.append(width)
@@ -118,9 +118,23 @@ def escapes(text: bytes) -> list[int]:
 def unescape(source: bytes) -> View | None:
     """The text with its escapes decoded, or None when it has none."""
     if b"\\" in source or b"%" in source or b"&" in source:
-        data, count = _ESCAPE.subn(_decode, source)
-        return View(data, source) if count else None
+        return _unescape(source, _ESCAPE)
     return None
+
+
+def unescape_apart(source: bytes) -> list[View]:
+    """The text with one kind of escapes decoded, for each kind, if it has several.
+
+    What looks like an escape of one kind may be the beginning of a text that another kind hides.
+    """
+    views = [_unescape(source, kind) for first, kind in _BY_FIRST.items() if first in source]
+    found = [view for view in views if view is not None]
+    return found if len(found) > 1 else []
+
+
+def _unescape(source: bytes, pattern: re.Pattern[bytes]) -> View | None:
+    data, count = pattern.subn(_decode, source)
+    return View(data, source, pattern) if count else None
 
 
 def unfinished(text: bytes) -> int:

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from sandboxd.broker.gate import Busy, Gate
+from sandboxd.broker.gate import Busy, Gate, Share
 
 
 def gate(*, total: int = 2, per_session: int = 2, queue: int = 2, patience: float = 60) -> Gate:
@@ -21,9 +21,9 @@ class Callers:
         self.started: list[str] = []
         self.ends: dict[str, trio.Event] = {}
 
-    async def call(self, session: str, name: str) -> None:
+    async def call(self, session: str, name: str, share: Share | None = None) -> None:
         self.ends[name] = trio.Event()
-        async with self.gate.slot(session):
+        async with self.gate.slot(session, share):
             self.started.append(name)
             await self.ends[name].wait()
 
@@ -118,3 +118,51 @@ async def test_a_slot_granted_to_a_cancelled_call_goes_to_the_next() -> None:
         assert callers.started[-1] == "c1"
         await callers.end("c1")
     assert callers.gate.running == 0
+
+
+async def queue(callers: Callers, nursery: trio.Nursery, *calls: tuple[str, str, Share]) -> None:
+    for session, name, share in calls:
+        nursery.start_soon(callers.call, session, name, share)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_a_tool_has_a_bound_over_all_sessions() -> None:
+    callers, one = Callers(gate(total=9, per_session=9, queue=9)), Share("slow", total=1)
+    async with trio.open_nursery() as nursery:
+        await queue(callers, nursery, ("a", "a1", one), ("b", "b1", one), ("a", "a2", one))
+        assert callers.started == ["a1"]
+        for count in (1, 2, 3):
+            assert len(callers.started) == count
+            await callers.end(callers.started[-1])
+    assert sorted(callers.started) == ["a1", "a2", "b1"]
+    assert not callers.gate._tools
+
+
+async def test_a_tool_has_a_bound_in_each_session() -> None:
+    callers, one = Callers(gate(total=9, per_session=9)), Share("slow", per_session=1)
+    async with trio.open_nursery() as nursery:
+        await queue(callers, nursery, ("a", "a1", one), ("a", "a2", one), ("b", "b1", one))
+        assert callers.started == ["a1", "b1"]
+        await callers.end("a1")
+        assert callers.started == ["a1", "b1", "a2"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_waits_for_a_tool_holds_no_slot_and_lets_others_pass() -> None:
+    callers, slow = Callers(gate(total=2, per_session=2)), Share("slow", total=1)
+    async with trio.open_nursery() as nursery:
+        await queue(callers, nursery, ("a", "a1", slow), ("a", "a2", slow))
+        await queue(callers, nursery, ("a", "quick", Share("quick")))
+        assert callers.started == ["a1", "quick"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_busy_tool_is_named(autojump_clock: trio.testing.MockClock) -> None:
+    callers, slow = Callers(gate(total=9, patience=3)), Share("slow", total=1)
+    async with trio.open_nursery() as nursery:
+        await queue(callers, nursery, ("a", "a1", slow))
+        with pytest.raises(Busy, match=r"no slot became free in 3 s: slow runs 1 at a time$"):
+            await callers.call("b", "b1", slow)
+        with pytest.raises(Busy, match=r"3 s: slow runs 1 at a time in one session$"):
+            await callers.call("a", "a2", Share("slow", total=2, per_session=1))
+        nursery.cancel_scope.cancel()

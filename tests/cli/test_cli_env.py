@@ -41,21 +41,21 @@ def test_every_way_to_give_a_value_stores_the_same(daemon: Ctl, tmp_path: Path) 
 
 
 def test_the_answer_names_versions_and_when_they_take_effect(daemon: Ctl) -> None:
-    first = daemon("env", "set", "sh", "VERSIONED=1")
+    first = daemon("env", "set", "sh", "VERSIONED=first-value")
     assert first.stdout == ("set VERSIONED (version 1)\ntakes effect on the agent's next session\n")
-    assert daemon.json("env", "set", "sh", "VERSIONED=2")["versions"] == {"VERSIONED": 2}
+    assert daemon.json("env", "set", "sh", "VERSIONED=second-value")["versions"] == {"VERSIONED": 2}
     removed = daemon("env", "remove", "sh", "VERSIONED")
     assert removed.stdout.startswith("removed VERSIONED (it was version 2)\n")
     assert "VERSIONED" not in daemon("env", "list", "sh").stdout
 
 
 def test_a_live_session_that_keeps_the_old_value_is_named(daemon: Ctl) -> None:
-    daemon("env", "set", "sh", "LIVE=old")
+    daemon("env", "set", "sh", "LIVE=the-old-value")
     id = daemon("session", "start", "sh", "--", "-c", "sleep 1000").stdout.strip()
-    kept = daemon("env", "set", "sh", "LIVE=new")
+    kept = daemon("env", "set", "sh", "LIVE=the-new-value")
     assert f"live sessions that keep the old value: {id}" in kept.stdout
     assert "--now" in kept.stderr
-    taken = daemon("env", "set", "--now", "sh", "LIVE=newer")
+    taken = daemon("env", "set", "--now", "sh", "LIVE=the-newer-value")
     assert "in force now" in taken.stdout
     assert id not in taken.stdout
     daemon("session", "stop", "--grace", "0", id)
@@ -64,16 +64,45 @@ def test_a_live_session_that_keeps_the_old_value_is_named(daemon: Ctl) -> None:
 def test_a_single_line_loses_its_newline_and_several_keep_theirs(daemon: Ctl) -> None:
     sizes = {}
     for name, data, more in (
-        ("N1", b"one\n", ()),
-        ("N2", b"one\r\n", ()),
-        ("N3", b"one\n", ("--keep-newline",)),
-        ("N4", b"one\ntwo\n", ()),
+        ("N1", b"line\n", ()),
+        ("N2", b"line\r\n", ()),
+        ("N3", b"line\n", ("--keep-newline",)),
+        ("N4", b"line\ntwo\n", ()),
         ("N5", b"\n", ()),
-        ("N6", b"\xff\x01", ()),
+        ("N6", b"\xff\x01\xfe\x02", ()),
     ):
         daemon("env", "set", "sh", name, "--stdin", *more, stdin=data)
         sizes[name] = fingerprint(daemon, name)[1]
-    assert sizes == {"N1": 3, "N2": 3, "N3": 4, "N4": 8, "N5": 0, "N6": 2}
+    assert sizes == {"N1": 4, "N2": 4, "N3": 5, "N4": 9, "N5": 0, "N6": 4}
+
+
+def test_values_that_output_cannot_be_kept_clear_of_are_told_and_the_shortest_refused(
+    daemon: Ctl,
+) -> None:
+    refused = daemon("env", "set", "sh", "FINE=a-longer-value", "PIN=123", "NO=", "X=a", status=2)
+    assert "under 4 characters: PIN, X; nothing was set" in refused.stderr
+    assert "redact: false" in refused.stderr
+    assert "--force" in refused.stderr
+    listed = daemon("env", "list", "sh").stdout
+    assert not any(f"\n{name} " in listed for name in ("FINE", "PIN", "NO", "X"))
+
+    forced = daemon("env", "set", "--force", "sh", "PIN=123", "NO=")
+    assert "set PIN (version 1)" in forced.stdout
+    assert "warning: the value of PIN has fewer than 8 characters" in forced.stderr
+    assert "value of NO" not in forced.stderr  # an empty value hides nothing
+    record = daemon.json("audit", "tail", "-n", "1")
+    assert (record["event"], record["forced"]) == ("env.set", ["PIN"])
+
+    warned = daemon.json("env", "set", "sh", "HOST=localhost", "KEY=9vZ4-Qm7x_T2kLw8")["warnings"]
+    assert [text for text in warned if "value of" in text] == [
+        "the value of HOST is a word of every output: it is masked wherever output has it"
+    ]
+
+
+def test_a_plain_setting_may_be_as_short_as_it_likes(daemon: Ctl) -> None:
+    # Declared with redact: false by the only tool that takes it.
+    got = daemon.json("env", "set", "sh", "HTTP_REQUEST_HOSTS=x")
+    assert not [text for text in got["warnings"] if "value of" in text]
 
 
 def test_several_are_set_together_or_not_at_all(daemon: Ctl) -> None:
@@ -144,7 +173,7 @@ def test_an_import_with_mistakes_lists_them_all_and_sets_nothing(
 def test_a_dry_run_says_what_is_new_and_sets_nothing(
     daemon: Ctl, alone: Ctl, tmp_path: Path
 ) -> None:
-    daemon("env", "set", "sh", "DRY_OLD=1")
+    daemon("env", "set", "sh", "DRY_OLD=old-value")
     file = tmp_path / ".env"
     file.write_text(f"DRY_OLD={SECRET}\nDRY_NEW={SECRET}\n")
     done = daemon("env", "import", "sh", str(file), "--dry-run")
@@ -228,7 +257,7 @@ def test_a_stranger_may_not_set_anything(daemon: Ctl) -> None:
     # Both from one process: the interpreter may live in root's home directory, closed to others.
     code = (
         "import os, sys; from sandboxd.cli import main\n"
-        "command = ['env', 'set', 'sh', 'A=1']\n"
+        "command = ['env', 'set', 'sh', 'A=some-value']\n"
         "assert main(command) == 0, 'the positive control'\n"
         "os.setgroups([]); os.setgid(64999); os.setuid(64999)\n"
         "sys.exit(main(command))"

@@ -84,7 +84,7 @@ def test_a_grace_that_is_no_time_is_refused(daemon: Ctl) -> None:
 
 
 def test_the_audit_log_shows_what_happened_and_verifies(daemon: Ctl) -> None:
-    daemon("env", "set", "sh", "AUDITED=1")
+    daemon("env", "set", "sh", "AUDITED=some-value")
     records = [json.loads(line) for line in daemon("audit", "tail", "--json").stdout.splitlines()]
     (record,) = [r for r in records if r["event"] == "env.set" and r["names"] == ["AUDITED"]]
     line = daemon("audit", "tail", "-n", "1").stdout
@@ -99,7 +99,7 @@ def test_the_audit_log_can_be_followed(daemon: Ctl) -> None:
     process = daemon.start("audit", "tail", "-f", "-n", "1", "--json")
     assert process.stdout is not None
     before = json.loads(process.stdout.readline())
-    daemon("env", "set", "sh", "FOLLOWED=1")
+    daemon("env", "set", "sh", "FOLLOWED=some-value")
     after = json.loads(process.stdout.readline())
     assert after["seq"] == before["seq"] + 1
     assert after["names"] == ["FOLLOWED"]

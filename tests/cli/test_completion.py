@@ -47,7 +47,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_variables(daemon: Ctl) -> Ctl:
-    daemon("env", "set", "sh", "COMPLETED_A=1", "COMPLETED_B=2")
+    daemon("env", "set", "sh", "COMPLETED_A=some-value", "COMPLETED_B=some-value")
     return daemon
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from real_daemon import RealDaemon, directories
@@ -35,3 +38,14 @@ def daemon() -> Iterator[RealDaemon]:
         daemon.tool("long", "#!/bin/sh\nsleep 88201\n", _NO_INPUT)
         daemon.tool("foreign", "#!/bin/sh\necho not yours\n", _NO_INPUT)
         yield daemon
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """The interpreter, with the client's packages installed beside the client."""
+    found, npm = shutil.which("node"), shutil.which("npm")
+    assert found, "these tests need Node.js"
+    assert npm, "these tests need npm"
+    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+    subprocess.run(command, cwd=Path(__file__).parent / "node", check=True, timeout=300)
+    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,6 @@ from real_daemon import RealDaemon
 pytestmark = pytest.mark.clients
 
 FOLDER = Path(__file__).parent / "node"
-
-
-@pytest.fixture(scope="session")
-def node() -> str:
-    """The interpreter, with the client's packages installed beside the client."""
-    found, npm = shutil.which("node"), shutil.which("npm")
-    assert found, "these tests need Node.js"
-    assert npm, "these tests need npm"
-    command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
-    subprocess.run(command, cwd=FOLDER, check=True, timeout=300)
-    return found
 
 
 def test_the_node_client_works(daemon: RealDaemon, node: str) -> None:

@@ -55,6 +55,15 @@ def test_lists_in_one_group_are_walked_together() -> None:
         filled([["{a}", "{b}"]], a=["1", "2"], b=["x"])
 
 
+def test_operands_come_after_a_double_dash_that_is_only_there_with_them() -> None:
+    template = ["-v", {"operands": ["{file}", "{more}"]}]
+    assert filled(template, file="a", more=["b", "c"]) == ("-v", "--", "a", "b", "c")
+    assert filled(template, more=["b"]) == ("-v", "--", "b")
+    assert filled(template, more=[]) == ("-v",)
+    assert filled(template) == ("-v",)
+    assert filled([{"operands": ["fixed", "{file}"]}]) == ("--", "fixed")
+
+
 @pytest.mark.parametrize(("value", "out"), [(True, ("-v",)), (False, ()), (None, ()), (1, ())])
 def test_a_condition_wants_true_and_nothing_like_it(value: Any, out: tuple[str, ...]) -> None:
     assert filled([{"if": "v", "argv": ["-v"]}], v=value) == out
@@ -69,7 +78,9 @@ def test_what_is_not_text_becomes_compact_json(value: Any, word: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["-x", "--output=/etc/passwd", "-", "--", -5, -0.5, ["a", "-b"]])
-@pytest.mark.parametrize("template", [["{x}"], ["--", "{x}"], [["--flag", "{x}"]]])
+@pytest.mark.parametrize(
+    "template", [["{x}"], ["--", "{x}"], [["--flag", "{x}"]], [{"operands": ["{x}"]}]]
+)
 def test_a_value_can_not_become_an_option(template: list[Any], value: Any) -> None:
     with pytest.raises(Refused, match="the argument 'x' starts with '-'"):
         filled(template, x=value)
@@ -110,6 +121,12 @@ def test_what_the_kernel_would_refuse_is_refused_with_the_limit() -> None:
         ([[]], (0,), "expected a list of elements"),
         ([["a", 1]], (0, 1), "expected text"),
         ([[["a"]]], (0, 0), "expected text"),
+        ([{"operands": []}], (0, "operands"), "expected a list of elements"),
+        ([{"operands": ["a"], "if": "x"}], (0,), "expected the one key 'operands'"),
+        ([{"operands": ["a"]}, "-v"], (1,), "an element after the operands would be one"),
+        (["--", {"operands": ["a"]}], (1,), "'--' is put before operands by itself"),
+        ([{"operands": ["a", "-b"]}], (0, "operands", 1), "an operand that starts with '-'"),
+        ([{"operands": ["--b={b}"]}], (0, "operands", 0), "an operand that starts with '-'"),
         ([{"if": "x"}], (0,), "expected the two keys 'if' and 'argv'"),
         ([{"if": 1, "argv": ["a"]}], (0, "if"), "expected an argument's name"),
         ([{"if": "x", "argv": []}], (0, "argv"), "expected a list of elements"),

@@ -87,6 +87,7 @@ def test_the_example_policy_does_what_it_says(
         ("mounts", model.Mount),
         ("tools/NAME/tool.yaml", model.Tool),
         ("secrets", model.SecretSpec),
+        ("concurrency", model.Concurrency),
         ("limits", model.Limits),
         ("policies/NAME.yaml", PolicyFile),
         ("rules", RuleFile),

@@ -100,7 +100,11 @@ def test_a_mistake_in_an_agent_is_told_with_its_place(config: Any, more: str, pr
         ("# nothing\n", "1:1: expected a mapping, found an empty file"),
         ("- a\n", "1:1: expected a mapping, found a list"),
         ("description: d\ncommand: [sh]\n", "1:1: missing key 'version'"),
-        ("version: 2\ndescription: d\ncommand: [sh]\n", "1:10: expected version 1, found the nu"),
+        ("version: 0\ndescription: d\ncommand: [sh]\n", "1:10: expected version 1, found the nu"),
+        (
+            "version: 2\nnew: x\n",
+            "1:10: version 2 is newer than this sandboxd, ",
+        ),
         ("version: true\ndescription: d\ncommand: [sh]\n", "1:10: expected version 1, found tr"),
         ("version: '1'\ndescription: d\ncommand: [sh]\n", "1:10: expected version 1, found the t"),
         ("version: 1\ndescription: d\n", "1:1: missing key 'command'"),

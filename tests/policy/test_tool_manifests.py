@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sandboxd.errors import Denied
-from sandboxd.policy import SecretSpec, check_program, decide
+from sandboxd.policy import Concurrency, SecretSpec, check_program, decide
 
 ROOT = os.geteuid() == 0
 
@@ -41,7 +41,10 @@ def test_a_full_manifest_is_read(config: Any) -> None:
         mounts: [{source: /srv/data, target: /data}]
         network: host
         timeout: 1m
+        grace: 2s
+        output: {type: object, properties: {n: {type: integer}}}
         output_limit: 64K
+        concurrency: {total: 4, per_session: 1}
         on_overflow: kill
         limits:
           {memory: 64M, processes: 8, files: 32, cpu: 500ms, file_size: 1G, tmp_size: 2MiB, cpus: 2}
@@ -62,6 +65,8 @@ def test_a_full_manifest_is_read(config: Any) -> None:
     assert (tool.timeout, tool.output_limit, tool.limits.cpu) == (60.0, 65_536, 0.5)
     assert (tool.limits.memory, tool.limits.tmp_size) == (64 << 20, 2 << 20)
     assert tool.limits.cpus == 2.0
+    assert (tool.grace, tool.concurrency) == (2.0, Concurrency(4, 1))
+    assert tool.output_format == "json", "which a schema of the output implies"
     assert tool.annotations.as_dict() == {"title": "Echo", "readOnlyHint": True}
 
 
@@ -74,6 +79,21 @@ def test_a_full_manifest_is_read(config: Any) -> None:
         ("stdin: {txt: text}\n", "11:8: stdin: expected none, json or {text: ARGUMENT}"),
         ("network: [a.example]\n", "11:10: network: expected none or host, found a list"),
         ("workspace: rx\n", "11:12: workspace: expected none or ro or rw"),
+        ("output: {type: array}\n", "11:16: expected type: object, as structured results (MCP)"),
+        ("output: {type: objekt}\n", "11:16: not a valid JSON Schema: output.type"),
+        ("output: [x]\n", "11:9: output: expected a mapping, found a list"),
+        (
+            "output: {type: object}\noutput_format: text\n",
+            "12:16: output describes JSON, and output_format is text",
+        ),
+        ("output_format: xml\n", "11:16: output_format: expected auto or text or json or binary"),
+        ("grace: 2m\n", "11:8: expected a grace of at most 60 s"),
+        ("concurrency: 0\n", "11:14: concurrency: expected a whole number from 1"),
+        ("concurrency: {totl: 1}\n", "11:15: unknown key 'totl' in concurrency"),
+        (
+            "concurrency: {total: 1, per_session: 2}\n",
+            "11:38: per_session: 2 is more than the 1 of all sessions together",
+        ),
         ("on_overflow: drop\n", "11:14: on_overflow: expected truncate or kill"),
         ("timeout: -5s\n", "11:10: timeout: expected a duration"),
         ("timeout: true\n", "11:10: timeout: expected a duration, found true"),
