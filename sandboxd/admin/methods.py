@@ -178,6 +178,7 @@ class Methods:
                 else None,
                 "network": network,
                 "limits": attrs.asdict(decision.limits),
-                "isolation": layers(network, self._daemon.launcher),
+                "isolation": layers(network, self._daemon.launcher, decision.lowered),
+                "lowered": list(decision.lowered),
             }
         )

@@ -101,7 +101,7 @@ def session_terms(config: Config, agent: Agent) -> SessionTerms:
         network=network,
         workspace=lower_access(agent.workspace.mode, policy.workspace),
         require=policy.require,
-        lowered=("network",) if network == "host" else (),
+        lowered=(*(("network",) if network == "host" else ()), *policy.lower),
     )
 
 
@@ -199,13 +199,17 @@ def _runnable(
         timeout=narrowed.timeout,
         output_limit=narrowed.output_limit,
         approval_timeout=policy.approval_timeout or DEFAULT_APPROVAL_TIMEOUT,
-        lowered=("network",) if tool.network == "host" else (),
+        lowered=(*(("network",) if tool.network == "host" else ()), *policy.lower),
     )
 
 
 def _over_ceiling(policy: Policy, agent: Agent, tool: Tool) -> str:
     if tool.network == "host" and policy.network != "host":
         return f"{tool.name} needs network: host, and policy {policy.name} allows none"
+    if tool.network == "host" and "network_namespace" in policy.require:
+        return (
+            f"{tool.name} needs network: host, but policy {policy.name} requires network_namespace"
+        )
     if tool.workspace != "none":
         if policy.workspace == "none":
             return f"{tool.name} needs the workspace, and policy {policy.name} allows none"
