@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what == ["leaks"]:
         figures = trio.run(leaks.count, options.runs)
         return _tell(figures, leaks.table(figures), options.json)
-    result = run(what, options)
+    result = json.loads(options.earlier.read_text()) if options.earlier else run(what, options)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if options.plot:
@@ -81,7 +82,7 @@ def run(what: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
             parts[name] = trio.run(ways[name])
     return {
         "version": 1,
-        "machine": about,
+        "machine": {**about, "load_after": list(os.getloadavg())},
         "parts": parts,
         "goals": report.judge(parts),
         "invalid": report.invalid(parts),
@@ -103,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sessions", type=int, default=1000, help="idle ones (default: 1000)")
     parser.add_argument("--no-peers", action="store_true", help="of launches, only our own")
     parser.add_argument("--profile", action="store_true", help="stages: with cProfile")
+    parser.add_argument(
+        "--from", type=Path, dest="earlier", metavar="FILE", help="tell figures that --json wrote"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them here (SVG)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put them into this document")
@@ -122,7 +126,7 @@ def _tell(figures: dict[str, Any], table: str, file: Path | None) -> int:
 
 def _write(document: Path, result: dict[str, Any]) -> None:
     """Results into the document, and the drawing beside it."""
-    who = "root" if machine.user() == "root" else "user"
+    who = "root" if result["machine"]["user"] == "root" else "user"
     drawing = document.with_name(f"{document.stem}-{who}.svg")
     drawing.write_text(plot.svg(result))
     report.write(document, who, report.markdown(result, drawing.name))

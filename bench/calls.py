@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from bench import stage
-from bench.measure import Variant, interleave, ratio, row, timed
+from bench.measure import Variant, interleave, own_cpu, ratio, row, timed
 
 __all__ = ["BWRAP", "OURS", "PLAIN", "measure", "throughput"]
 
@@ -81,15 +81,19 @@ async def throughput(calls: int, callers: int, rounds: int) -> dict[str, Any]:
     """Calls per second with so many callers at once: ``rounds`` of ``calls``, interleaved."""
     async with _both() as (ours, theirs, why):
         variants = {PLAIN: _plain_rate, OURS: _rate_of(ours)}
+        spending: dict[str, Callable[[], float]] = {PLAIN: own_cpu, OURS: ours.cpu}
         if theirs is not None:
-            variants[BWRAP] = _rate_of(theirs)
+            variants[BWRAP], spending[BWRAP] = _rate_of(theirs), theirs.cpu
+        spent = dict.fromkeys(variants, 0.0)
         lacking = ours.lacking()
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for rate in variants.values():
             await rate(2 * callers, callers)  # warm: what is kept ready is made now
         for _ in range(rounds):
             for name, rate in variants.items():
+                before = spending[name]()
                 rates[name].append(await rate(calls, callers))
+                spent[name] += spending[name]() - before
         lacking += [f"afterwards: {what}" for what in ours.lacking()]
         layers = ours.layers()
     return {
@@ -103,6 +107,7 @@ async def throughput(calls: int, callers: int, rounds: int) -> dict[str, Any]:
                 "calls_per_second": statistics.median(found),
                 "lowest": min(found),
                 "highest": max(found),
+                "cpu_ms": spent[name] / calls / rounds * 1e3,
             }
             for name, found in rates.items()
         ],

@@ -228,15 +228,16 @@ def _tables(parts: Mapping[str, Any]) -> Iterable[Table]:
             ],
         )
     if part := parts.get("throughput"):
-        header = ("calls per second", "median", "lowest", "highest")
+        header = ("calls per second", "median", "lowest", "highest", "CPU ms a call")
         lines = [
             (
                 each["name"],
                 *(f"{each[key]:.0f}" for key in ("calls_per_second", "lowest", "highest")),
+                f"{each['cpu_ms']:.2f}",
             )
             for each in part["variants"]
         ]
-        lines += [(name, why, "-", "-") for name, why in part["absent"].items()]
+        lines += [(name, why, "-", "-", "-") for name, why in part["absent"].items()]
         what = f"{part['callers']} callers, {part['rounds']} rounds of {part['calls']} calls"
         yield f"Calls per second: {what}", header, lines
     if part := parts.get("idle"):

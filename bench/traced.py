@@ -37,6 +37,8 @@ HOOKS = (
     ("unseal", "sandboxd.broker.calls:Calls._unseal"),
     ("prepare", "sandboxd.broker.calls:prepare"),
     ("launch", "sandboxd.isolation.client:Launcher.launch"),
+    ("launch: encode", "sandboxd.isolation.client:encode_spec"),
+    ("launch: seal", "sandboxd.isolation.client:sealed_memfd"),
     ("run", "sandboxd.isolation.client:Process.wait"),
     ("end", "sandboxd.broker.calls:_end"),
     ("redact", "sandboxd.broker.capture:Capture._take"),

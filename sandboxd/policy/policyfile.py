@@ -155,6 +155,7 @@ def _resolve(
         lower=tuple(dict.fromkeys(f for f in (*base.lower, *file.lower) if f not in file.require)),
         source=written.label,
         shipped=written.shipped,
+        places=MappingProxyType({**base.places, **document.places(written.label)}),
     )
     _check_lowered(file, base, document, report)
     if parent:

@@ -145,3 +145,6 @@ def test_the_whole_bench_with_every_peer(tmp_path: Path) -> None:
     assert written.endswith("after\n")
     assert written.count("<!-- end of results -->") == 2
     assert f"{launch['variants'][1]['median_ms']:.2f}" in written
+    document.write_text(written.replace("before", "again"))
+    assert main(["--from", str(file), "--write", str(document)]) == 0
+    assert document.read_text() == written.replace("before", "again")

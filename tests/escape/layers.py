@@ -86,8 +86,12 @@ _AMBIENT = Change(
     "    drop_bounding_set()\n    _libc.prctl(_PR_CAP_AMBIENT,",
 )
 _ONE_UID = (
-    Change(_I + "uids.py", "            self._next = (self._next + 1) % self._count\n"),
-    Change(_I + "uids.py", "            if uid not in self._taken:\n", "            if True:\n"),
+    Change(
+        _I + "uids.py",
+        "            self._next = (self._next + 1) % self._count\n"
+        "            if uid in self._taken:\n",
+        "            if False:\n",
+    ),
 )
 
 LAYERS: tuple[Layer, ...] = (
@@ -197,7 +201,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer(
         "read-only system",
         "mount_setattr(2)",
-        _one("root.py", "_READONLY = _LOCKED | kernel.MOUNT_ATTR_RDONLY", "_READONLY = _LOCKED"),
+        _one("root.py", "READONLY = _LOCKED | kernel.MOUNT_ATTR_RDONLY", "READONLY = _LOCKED"),
         ("planted",),
     ),
     Layer(
@@ -253,8 +257,8 @@ LAYERS: tuple[Layer, ...] = (
         _one(
             "root.py",
             '_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")',
-            "_DEVICES = tuple(\n    name\n    for name in os.listdir('/dev')\n"
-            "    if stat.S_ISCHR(os.stat(f'/dev/{name}').st_mode) and name != 'ptmx'\n)",
+            '_DEVICES = (\n    *("null", "zero", "full", "random", "urandom", "tty"),\n'
+            '    *(n for n in ("mem", "kmsg", "console") if os.path.exists(f"/dev/{n}")),\n)',
         ),
         ("devices",),
     ),
@@ -263,9 +267,11 @@ LAYERS: tuple[Layer, ...] = (
         "tmpfs(5)",
         _one(
             "root.py",
-            '        self._private("tmp", 0o1777)\n',
-            '        self._place_own("tmp", kernel.clone_tree(kernel.AT_FDCWD, "/tmp", '
-            "recursive=True))\n",
+            '            if not place.startswith("/dev/"):\n',
+            # The host's own, and read-only: what a sandbox clears away is not to be that.
+            '            if place == "/tmp" and (tree := _clone_system(place)) is not None:\n'
+            "                self.place_own(place, tree)\n"
+            '            elif not place.startswith("/dev/"):\n',
         ),
         ("files of the host", "paths", "unix sockets"),
     ),
@@ -274,9 +280,10 @@ LAYERS: tuple[Layer, ...] = (
         "shm_overview(7)",
         _one(
             "root.py",
-            '        self._private("dev/shm", 0o1777)\n',
-            '        self._place_own("dev/shm", kernel.clone_tree(kernel.AT_FDCWD, "/dev/shm", '
-            "recursive=True))\n",
+            '            if place.startswith("/dev/"):\n',
+            '            if place == "/dev/shm" and (tree := _clone_system(place)) is not None:\n'
+            "                self.place_own(place, tree)\n"
+            '            elif place.startswith("/dev/"):\n',
         ),
         ("shared",),
     ),
@@ -327,9 +334,11 @@ LAYERS: tuple[Layer, ...] = (
         "prctl(2), PR_SET_NO_NEW_PRIVS",
         (
             # Capabilities, which would do for the filters, are then given up after those.
+            Change(_I + "sandbox.py", "    kernel.no_new_privileges()\n"),
             Change(
                 _I + "sandbox.py",
-                "    kernel.no_new_privileges()\n    kernel.drop_capabilities()\n",
+                "    kernel.drop_capabilities()\n    system, _ = system_layout()\n",
+                "    system, _ = system_layout()\n",
             ),
             Change(
                 _I + "sandbox.py",

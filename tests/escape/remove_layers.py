@@ -101,7 +101,12 @@ def remove(layer: Layer, known: dict[tuple[object, ...], dict[str, str] | None])
         return Removal(layer, (), "the copy with the layer does not run either")
     if after is None:
         return Removal(layer, ("no sandbox can be built",), complaint)
-    noticed = [name for name, state in after.items() if state != "ok" and before.get(name) == "ok"]
+    noticed = [
+        name
+        for name, state in after.items()
+        if (state != "ok" and before.get(name) == "ok")
+        or (state == "got through" and before.get(name) != state)
+    ]
     return Removal(layer, tuple(dict.fromkeys(name.partition(": ")[2] for name in noticed)))
 
 

@@ -7,10 +7,9 @@ import mmap
 import os
 import platform
 import struct
-from collections.abc import Callable
 
 from sandboxd.selftest.prober.namespaces import getpid
-from sandboxd.selftest.prober.probe import HOST, Plan, add
+from sandboxd.selftest.prober.probe import HOST, Attack, add
 
 _THREAT = "Escape: 32-bit syscalls"
 #: A function of the number and five arguments: registers as asm/unistd_32.h's calls take them,
@@ -41,7 +40,7 @@ def _gate(number: int, *arguments: int | bytes) -> int:
     return result
 
 
-def _raw(number: int, *arguments: int | bytes) -> Callable[[Plan], None]:
+def _raw(number: int, *arguments: int | bytes) -> Attack:
     return lambda plan: _gate(number, *arguments) and None
 
 

@@ -107,19 +107,22 @@ for _name in ("kcore", "kallsyms", "keys", "key-users", "kmsg", "kpagecount", "k
         fallback=_own_proc, says="outside it tells something")  # fmt: skip
 
 
-def _listed(path: str) -> Callable[[Plan], str]:
+def _uncovered(name: str) -> Callable[[Plan], str]:
+    """Whether a directory of /proc is that of the kernel, or one of ours lies over it."""
+
     def attack(plan: Plan) -> str:
         try:
-            return "ok" if os.listdir(path) else "empty"
+            there = os.stat(f"/proc/{name}")
         except FileNotFoundError:
             return "absent"
+        return "ok" if there.st_dev == os.stat("/proc").st_dev else "covered"
 
     return attack
 
 
 for _name in ("acpi", "asound", "scsi"):
-    add(f"list /proc/{_name}", _KNOBS, _listed(f"/proc/{_name}"), "empty", "absent", outside=HOST,
-        fallback=_listed("/proc/self"), says="outside it tells something")  # fmt: skip
+    add(f"see /proc/{_name}", _KNOBS, _uncovered(_name), "covered", "absent", outside=HOST,
+        fallback=_own_proc, says="outside it is the kernel's")  # fmt: skip
 
 
 def _sysrq(plan: Plan) -> str:

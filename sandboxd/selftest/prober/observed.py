@@ -73,7 +73,7 @@ add("the host's tree in the mount namespace", _MOUNTS, _tree, "gone", outside=HO
 
 def _setting(pid: int, controller: str, new: str, old: str) -> str:
     """A file of the cgroup that limits a process, of either version; "" where there is none."""
-    groups = {}
+    groups: dict[str, str] = {}
     with open(f"/proc/{pid}/cgroup") as lines:
         for line in lines:
             _, names, path = line.rstrip("\n").split(":", 2)

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from sandboxd.selftest.prober.kernel import call, checked, libc, raise_limit
 from sandboxd.selftest.prober.namespaces import getpid
-from sandboxd.selftest.prober.probe import AGENT, HOST, OWN_UID, SCRATCH, Plan, add, open_
+from sandboxd.selftest.prober.probe import HOST, OWN_UID, SCRATCH, Plan, add, open_
 
 _THREAT = "Escape: privileges"
 _AS_ROOT = "the same as root of scratch namespaces"
@@ -61,7 +61,7 @@ def _first(field: str) -> Callable[[Plan], str]:
 
 for _field, _words in (("CapEff", "effective"), ("CapPrm", "permitted"), ("CapBnd", "bounding")):
     add(f"{_words} capabilities of the init", _THREAT, _first(_field), _NONE, outside=HOST,
-        places=(AGENT,), says="the host's process 1 has some")  # fmt: skip
+        says="the host's process 1 has some")  # fmt: skip
 
 
 def _secure_bits(plan: Plan) -> str:
