@@ -19,7 +19,6 @@ from sandboxd.redact.unescape import (
     Escape,
     View,
     align,
-    blanked,
     escapes,
     telling,
     unfinished,
@@ -105,14 +104,13 @@ class Matcher:
         spans: list[Span] = []
         opens: list[Open] = []
         self._look(_Look(text, spans, opens))
-        blank = blanked(text)
-        if blank is not text:
-            self._look(_Look(blank, spans, opens))
+        places, blanked = telling(text)
+        if blanked is not text:
+            self._look(_Look(blanked, spans, opens))
         hold = cut = unfinished(text)
         if cut < len(text):  # as if the escape went on
             begin = max(0, cut - self._widest)
             self._look(_Look(text[begin:cut], spans, opens, begin))
-        places = telling(text, blanks=blank is text)
         for view in self._views(text, places, cut) if places else ():
             look = _Look(view.data, spans, opens, views=(view,))
             self._look(look)
