@@ -16,38 +16,51 @@ from typing import Any
 
 from bench import stage
 from bench.traced import Span
-from bench.walls import holes, own_namespaces, weaker
 
-__all__ = ["account", "measure", "table"]
+__all__ = ["account", "measure", "profile", "profile_table", "shortened", "table"]
 
 _BETWEEN = "between"
 #: Stages that only hold others.
 _HOLDERS = ("call",)
 
 
-async def measure(calls: int, *, profile: bool = False) -> dict[str, Any]:
+async def measure(calls: int) -> dict[str, Any]:
     """So many calls, and the mean of each stage."""
-    with stage.open_stage("bench.traced", profile=profile) as on:
-        caller = stage.Caller(on)
-        lacking = weaker(caller.layers()) + holes(caller.probe(), own_namespaces())
-        caller.order(min(20, calls))
-        answer = caller.order(calls)
-        caller.close()
-        on.client.close()
-        on.stop()
-        told = json.loads(on.trace.read_text())
+    told, seconds, lacking = _traced(calls, profile=False)
     per_call = _calls([tuple(span) for span in told["spans"]])[-calls:]
     accounts = [account(spans, began, ended) for spans, began, ended in per_call]
-    seconds = answer["seconds"][-len(accounts) :]
     return {
         "calls": len(accounts),
         "median_ms": statistics.median(seconds) * 1e3,
         "mean_ms": statistics.mean(seconds) * 1e3,
         "stages": _merge(accounts, statistics.mean(seconds) * 1e3),
         "missing": told["missing"],
-        "profile": told["profile"],
         "lacking": lacking,
     }
+
+
+async def profile(calls: int) -> dict[str, Any]:
+    """So many calls, and the functions and packages that the broker's event loop spends CPU in."""
+    told, seconds, lacking = _traced(calls, profile=True)
+    return {
+        "calls": len(seconds),
+        "functions": told["functions"],
+        "packages": told["packages"],
+        "lacking": lacking,
+    }
+
+
+def _traced(calls: int, *, profile: bool) -> tuple[dict[str, Any], list[float], list[str]]:
+    """What a traced daemon noted, the caller's times, and what the isolation lacks."""
+    with stage.open_stage("bench.traced", profile=profile) as on:
+        caller = stage.Caller(on)
+        lacking = caller.lacking()
+        caller.order(min(20, calls))
+        seconds = caller.order(calls)["seconds"]
+        caller.close()
+        on.client.close()
+        on.stop()
+        return json.loads(on.trace.read_text()), seconds, lacking
 
 
 def account(spans: Iterable[Span], began: int, ended: int) -> dict[str, int]:
@@ -70,6 +83,22 @@ def account(spans: Iterable[Span], began: int, ended: int) -> dict[str, int]:
     return dict(found)
 
 
+def shortened(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For a document: the event loop's moments together, and what is below one part in 100."""
+    small = [line for line in rows if abs(line["share"]) < 0.01]
+    loop = [line for line in rows if line["stage"].startswith(_BETWEEN) and line not in small]
+    kept = [line for line in rows if line not in small and line not in loop]
+    for name, several in (("event loop, between stages", loop), ("all others", small)):
+        kept.append(
+            {
+                "stage": name,
+                "mean_ms": sum(line["mean_ms"] for line in several),
+                "share": sum(line["share"] for line in several),
+            }
+        )
+    return kept
+
+
 def table(figures: dict[str, Any]) -> str:
     """For a terminal."""
     rows = [f"{figures['calls']} calls, one at a time: median {figures['median_ms']:.2f} ms"]
@@ -77,8 +106,21 @@ def table(figures: dict[str, Any]) -> str:
     for line in figures["stages"]:
         rows.append(f"{line['stage']:44}{line['mean_ms']:9.3f}{line['share']:8.1%}")
     rows += [f"not traced, for it has moved: {place}" for place in figures["missing"]]
-    for line in figures["profile"][:40]:
-        rows.append(f"{line['self']:8.3f} s {line['calls']:9} x  {line['where']}")
+    return "\n".join(rows)
+
+
+def profile_table(figures: dict[str, Any]) -> str:
+    """For a terminal."""
+    every = figures["calls"]
+    total = sum(line["cpu"] for line in figures["packages"])
+    rows = [f"{every} calls, one at a time, under cProfile: CPU of the broker's event loop"]
+    for title, lines in (("package", figures["packages"]), ("function", figures["functions"][:40])):
+        rows += ["", f"{title:70}{'ms a call':>10}{'share':>8}{'times a call':>14}"]
+        for line in lines:
+            rows.append(
+                f"{line['name'][:69]:70}{line['cpu'] / every * 1e3:10.3f}"
+                f"{line['cpu'] / total:8.1%}{line['calls'] / every:14.1f}"
+            )
     return "\n".join(rows)
 
 

@@ -39,6 +39,9 @@ _log = logging.getLogger("sandboxd")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+#: Seconds that what was kept ready for a session may take to end with it.
+_ENDING = 5.0
+
 
 def run(boot: Boot) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status, or raises SandboxdError."""
@@ -134,6 +137,8 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
                 session.socket, session, daemon.calls, task_status=task_status
             )
         finally:
+            with trio.move_on_after(_ENDING, shield=True):
+                await daemon.calls.end_session(session.id)
             daemon.calls.forget(session.id)
 
     daemon.sessions = Manager(

@@ -22,6 +22,10 @@ __all__ = ["ApprovalMethods"]
 #: Characters of a reason: it goes to an agent, and into the audit log.
 MAX_REASON = 500
 
+#: Characters of a command line that is sent: a template may repeat long arguments in it, and the
+#: arguments are sent as well.
+MAX_ARGV = 1 << 18
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -119,7 +123,8 @@ def _whole(waiting: Waiting) -> dict[str, Any]:
         "arguments": question.arguments,
         "program": question.program,
         "program_digest": question.program_digest,
-        "argv": list(question.argv),
+        "argv": list(question.argv) if _length(question.argv) <= MAX_ARGV else None,
+        "argv_length": _length(question.argv),
         "stdin": None
         if stdin is None
         else {"bytes": len(stdin), "sha256": hashlib.sha256(stdin).hexdigest()},
@@ -131,6 +136,10 @@ def _whole(waiting: Waiting) -> dict[str, Any]:
         "timeout": question.timeout,
         "generation": question.generation,
     }
+
+
+def _length(argv: tuple[str, ...]) -> int:
+    return sum(map(len, argv))
 
 
 def _digest(params: dict[str, Any]) -> str | None:

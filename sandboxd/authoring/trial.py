@@ -147,6 +147,7 @@ description: everything that the manifest asks for
 network: host
 rules:
   - allow: "*"
+    approved: true
 """,
     }
 

@@ -24,7 +24,7 @@ from sandboxd.broker import descriptors
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.capture import Capture, Progress, Stream
 from sandboxd.broker.failures import failed_result, first
-from sandboxd.broker.gate import Busy, Gate, Share
+from sandboxd.broker.gate import Bounds, Busy, Gate, Share
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
@@ -52,16 +52,6 @@ _LONGEST_NAME = 80
 _DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How many calls run and wait, and for how many seconds one waits at most."""
-
-    total: int = 16
-    per_session: int = 8
-    queue: int = 64
-    patience: float = 60.0
 
 
 @dataclass(eq=False)
@@ -182,6 +172,11 @@ class Calls:
             [live for live in self._live.values() if live.session.id == session_id],
             "the session was stopped",
         )
+
+    async def end_session(self, session_id: str) -> None:
+        """End what is kept ready for the calls of a session. It makes no more of them."""
+        await self._launcher.retire(session_id)
+        self._uids.forget(session_id)
 
     async def _cancel(self, calls: Sequence[_Live], reason: str) -> int:
         for live in calls:
@@ -340,7 +335,7 @@ class Calls:
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
         shares = session.overlay >= 0 and decision.workspace != "none"
-        uid = session.uid if shares else self._uids.acquire()
+        uid = session.uid if shares else self._uids.acquire(session.id, tool.name)
         try:
             prepared = prepare(
                 decision,
@@ -349,6 +344,7 @@ class Calls:
                 uid=uid,
                 workspace=session.workspace,
                 overlay=shares,
+                template=session.id,
             )
             ended = trio.CancelScope()
             live.capture = Capture(
@@ -362,7 +358,7 @@ class Calls:
             await self._attend(live, prepared, live.capture, ended, tool.grace or 0.0)
         finally:
             if not live.alive and not shares:  # else something may still run as it
-                self._uids.release(uid)
+                self._uids.release(uid, session.id, tool.name)
         if live.exit is None:
             raise Unavailable(
                 f"its processes would not die in {_REAP:g} s",

@@ -58,8 +58,9 @@ def prepare(
     uid: int,
     workspace: Path | None,
     overlay: bool = False,
+    template: str = "",
 ) -> Prepared:
-    """What to launch for an allowed ``decision``.
+    """What to launch for an allowed ``decision``, from sandboxes kept ready for ``template``.
 
     ``overlay``: the workspace is the session's copy-on-write view, whose mount namespace the
     launch brings along.
@@ -102,6 +103,7 @@ def prepare(
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=launch_limits(decision.limits),
+        template=template,
     )
     return Prepared(spec_out, stdin, tuple(descriptors))
 

@@ -16,6 +16,7 @@ __all__ = ["add", "details", "ended"]
 
 #: Lines of arguments that are shown unless all are asked for.
 MAX_LINES = 200
+MAX_DESCRIPTION = 60
 
 
 def add(commands: Commands, name: str, line: str) -> None:
@@ -160,7 +161,7 @@ def details(approval: dict[str, Any], *, full: bool = False) -> Iterator[str]:
         ("call", approval["id"]),
         ("agent", approval["agent"]),
         ("session", approval["session"]),
-        ("tool", f"{approval['tool']}: {approval['description']}"),
+        ("tool", f"{approval['tool']}: {_first_line(approval['description'])}"),
         ("program", f"{approval['program']} (sha256 {approval['program_digest']})"),
         ("rule", approval["rule"]),
         ("reason", approval["reason"]),
@@ -181,6 +182,9 @@ def details(approval: dict[str, Any], *, full: bool = False) -> Iterator[str]:
     yield from _value("arguments", approval["arguments"], full)
     if approval["argv"]:
         yield from _value("command line", approval["argv"], full)
+    elif approval["argv"] is None:
+        length = output.amount(approval["argv_length"], "character")
+        yield f"{output.colour('command line', 'bold')}  {length}, too many to show"
     if approval["stdin"] is not None:
         stdin = approval["stdin"]
         label = output.colour("standard input", "bold")
@@ -192,6 +196,13 @@ def ended(item: dict[str, Any]) -> str:
     by = f" by {output.clean(item['by'])}" if item.get("by") else ""
     why = f": {output.clean(item['reason'])}" if item.get("reason") else ""
     return f"{item['id']} {item['outcome']}{by}{why}"
+
+
+def _first_line(description: str) -> str:
+    """A description's beginning: it may be a server's, and long enough to look like more."""
+    line, _, more = description.strip().partition("\n")
+    whole = not more and len(line) <= MAX_DESCRIPTION
+    return line if whole else f"{line[:MAX_DESCRIPTION]} ..."
 
 
 def _value(name: str, value: Any, full: bool) -> Iterator[str]:

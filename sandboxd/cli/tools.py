@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sandboxd.cli import authoring, output
+from sandboxd.cli import authoring, lint, output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command, group
 
@@ -27,6 +27,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("agent", metavar="AGENT", nargs="?", help="show this agent's tools")
     parser.lookups["agent"] = "agents"
+    lint.add(nouns)
     authoring.add(nouns)
 
 

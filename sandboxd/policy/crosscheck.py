@@ -43,6 +43,7 @@ def check(
         _check_reach(_mount_places(tool.mounts), document, loaded, directory, problems)
     for written in loaded.policies.values():
         _check_rules(written, loaded, problems)
+        _warn_of_shadowed(written, problems)
     check_settings(loaded, problems)
 
 
@@ -219,6 +220,34 @@ def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
         patterns = rule.chosen[1].patterns if rule.chosen else ()
         for name in rule.when if patterns else ():
             _check_argument(name, patterns, index, document, loaded, problems)
+
+
+def _warn_of_shadowed(written: Written, problems: Problems) -> None:
+    """A rule that an earlier one of its file always decides before."""
+    if written.shipped:
+        return
+    rules, document = written.file.rules, written.document
+    for index, rule in enumerate(rules):
+        for before, other in enumerate(rules[:index]):
+            if rule.chosen is None or other.chosen is None or other.when:
+                continue
+            pairs = ((other.chosen[1], rule.chosen[1]), (other.agents, rule.agents))
+            if all(_covers(wide.patterns, narrow.patterns) for wide, narrow in pairs):
+                line = document.at(("rules", before)).line
+                at = document.at(("rules", index))
+                problems.warn(
+                    document.file, at, f"this rule decides nothing: the one in line {line} does"
+                )
+                break
+
+
+def _covers(wide: Iterable[str], narrow: Iterable[str]) -> bool:
+    """Whether every name that ``narrow`` matches is matched by ``wide``.
+
+    A pattern covers another that it matches as a text, for then only * stands for its *.
+    """
+    wide = tuple(wide)
+    return all(any(matches_glob(one, other) for one in wide) for other in narrow)
 
 
 def _check_argument(

@@ -28,7 +28,7 @@ from sandboxd.policy.structure import structure
 from sandboxd.policy.toolcheck import complete_tool
 from sandboxd.policy.yamlpos import Document, parse
 
-__all__ = ["Loaded", "load_config", "load_settings"]
+__all__ = ["Loaded", "lint_tools", "load_config", "load_settings"]
 
 T = TypeVar("T")
 
@@ -81,6 +81,22 @@ def load_settings(directory: Path) -> Settings:
     return loader.loaded.settings
 
 
+def lint_tools(
+    directory: Path, *, shipped_tools: Path, only: str = ""
+) -> tuple[list[Tool], Problems]:
+    """The tools below ``directory`` (or the one in its folder ``only``), and all that is wrong.
+
+    What depends on other files (agents, policies, who mounts what) is not looked at.
+    """
+    loader = _Loader(directory, directory, shipped_tools)
+    own = loader.directory == loader.shipped_tools
+    if not own:
+        loader.tools(loader.shipped_tools, shipped=True)
+    loader.tools(loader.directory, shipped=False, only=only)
+    found = [tool for tool, _ in loader.loaded.tools.values() if not tool.shipped]
+    return found, loader.problems
+
+
 class _Loader:
     def __init__(self, directory: Path, shipped_policies: Path, shipped_tools: Path) -> None:
         self.directory = Path(os.path.realpath(directory))
@@ -97,8 +113,8 @@ class _Loader:
         self.settings()
         self._policies(self.shipped_policies, shipped=True)
         self._policies(self.directory / "policies", shipped=False)
-        self._tools(self.shipped_tools, shipped=True)
-        self._tools(self.directory / "tools", shipped=False)
+        self.tools(self.shipped_tools, shipped=True)
+        self.tools(self.directory / "tools", shipped=False)
         self._agents()
         loaded, problems = self.loaded, self.problems
         policies = resolve_policies(loaded.policies, frozenset(loaded.broken["policies"]), problems)
@@ -154,16 +170,25 @@ class _Loader:
             if document is None or agent is None:
                 self.loaded.broken["agents"].add(slug)
             else:
-                agent = attrs.evolve(agent, slug=slug, source=label)
+                agent = attrs.evolve(agent, slug=slug, source=label, places=document.places(label))
                 self.loaded.agents[slug] = (agent, document)
 
-    def _tools(self, directory: Path, *, shipped: bool) -> None:
+    def tools(self, directory: Path, *, shipped: bool, only: str = "") -> None:
+        """Read the tools below ``directory``, or the one in the folder ``only``."""
         for folder, path in self._tool_folders(directory):
+            if only and folder.name != only:
+                continue
             label = f"tools/{folder.name}/tool.yaml"
             document = self._document(path, label, shipped=shipped)
             tool = structure(document, Tool, self.problems) if document else None
             if document is not None and tool is not None:
-                tool = attrs.evolve(tool, directory=folder, source=label, shipped=shipped)
+                tool = attrs.evolve(
+                    tool,
+                    directory=folder,
+                    source=label,
+                    shipped=shipped,
+                    places=document.places(label),
+                )
                 tool = complete_tool(tool, document, self.trust, self.problems)
             if document is None or tool is None:
                 stated = document.value if document else None

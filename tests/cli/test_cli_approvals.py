@@ -51,6 +51,10 @@ class Asker:
         self.started.append(running)
         return running
 
+    def watch(self, *options: str) -> subprocess.Popen[bytes]:
+        self.started.append(self.ctl.start("approvals", "watch", *options))
+        return self.started[-1]
+
     def answered(self, running: subprocess.Popen[bytes]) -> str:
         """The text of the call's result."""
         said, errors = running.communicate(timeout=60)
@@ -159,8 +163,7 @@ def test_a_call_can_be_left_for_later(asker: Asker) -> None:
 
 
 def test_a_pipe_is_told_without_a_prompt(asker: Asker) -> None:
-    text = asker.ctl.start("approvals", "watch")
-    lines = asker.ctl.start("approvals", "watch", "--json")
+    text, lines = asker.watch(), asker.watch("--json")
     assert lines.stdout is not None
     assert text.stdout is not None
     running = asker.ask(HIDDEN)
@@ -175,9 +178,6 @@ def test_a_pipe_is_told_without_a_prompt(asker: Asker) -> None:
     seen += until_line(text.stdout, f"{id} denied".encode())
     assert seen.isascii()
     assert b"approve?" not in seen
-    for process in (text, lines):
-        process.terminate()
-        process.communicate()
 
 
 def until_line(stream: IO[bytes], beginning: bytes) -> bytes:
@@ -214,6 +214,7 @@ def shown_call(**changed: Any) -> dict[str, Any]:
         "timeout": 60.0,
         "arguments": {},
         "argv": [],
+        "argv_length": 0,
         "stdin": None,
         **changed,
     }
@@ -256,3 +257,12 @@ def test_many_values_are_cut_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> 
     assert lines[-1] == "802 more lines not shown; see all of it with: show --full"
     assert len([line for line in lines if line.startswith("| ")]) == MAX_LINES
     assert len(list(details(shown_call(arguments=many), full=True))) > 1000
+
+
+def test_a_description_is_one_line_and_a_huge_command_line_only_counted() -> None:
+    from sandboxd.cli.approvals import details
+
+    lines = lines_of(details, description="x" * 200 + "\nagent  trusted", argv=None, argv_length=9)
+    assert f"tool       x: {'x' * 60} ..." in lines
+    assert not any("trusted" in line for line in lines)
+    assert lines[-1] == "command line  9 characters, too many to show"

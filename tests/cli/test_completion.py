@@ -30,6 +30,10 @@ CASES = [
     ("sandboxctl env remove sh COMPLETED_", {"COMPLETED_A", "COMPLETED_B"}, set()),
     ("sandboxctl env remove sh COMPLETED_A COMPLETED_", {"COMPLETED_B"}, set()),
     ("sandboxctl policy explain sh ht", {"http_request"}, {"shell"}),
+    ("sandboxctl policy ", {"check", "explain", "diff"}, {"lint"}),
+    ("sandboxctl tools show ht", {"http_request"}, {"shell"}),
+    ("sandboxctl tools lint --str", {"--strict"}, {"--files"}),
+    ("sandboxctl approvals ", {"list", "show", "approve", "deny", "watch"}, {"status"}),
     ("sandboxctl completion ", {"bash", "zsh", "fish"}, set()),
     ("sandboxctl run sh -- o", set(), {"other"}),
 ]

@@ -291,7 +291,7 @@ def test_a_program_that_changed_after_loading_is_not_run(config: Any) -> None:
     config.program("tools/echo/run", "#!/bin/sh\nexfiltrate\n")
     with pytest.raises(Denied, match="changed after the configuration was loaded") as caught:
         check_program(tool)
-    assert caught.value.rule == "tools/echo/tool.yaml program"
+    assert caught.value.rule == "tools/echo/tool.yaml:4 program"
     (config.path / "tools/echo/run").unlink()
     with pytest.raises(Denied, match="can't be read: No such file"):
         check_program(tool)
