@@ -26,11 +26,11 @@ from sandboxd.redact.unescape import (
 from sandboxd.secret import Secret
 
 #: Without it, where no build of it exists, the search is slower and finds the same.
-_HAS_AUTOMATON = find_spec("ahocorasick_rs") is not None
-if _HAS_AUTOMATON:
+HAS_AUTOMATON = find_spec("ahocorasick_rs") is not None
+if HAS_AUTOMATON:
     from ahocorasick_rs import BytesAhoCorasick, Implementation
 
-__all__ = ["GUARD", "Found", "Matcher", "Open", "Span"]
+__all__ = ["GUARD", "HAS_AUTOMATON", "Found", "Matcher", "Open", "Span"]
 
 #: A value's beginning of so many characters is not shown while it may become the value.
 GUARD = 8
@@ -294,7 +294,7 @@ class _Anchors:
     def __init__(self, anchors: Sequence[bytes]) -> None:
         self._anchors = anchors
         self._automaton: Any = None
-        self._patience: float = _PATIENCE if _HAS_AUTOMATON else math.inf
+        self._patience: float = _PATIENCE if HAS_AUTOMATON else math.inf
 
     def find(self, text: bytes) -> list[tuple[int, int]]:
         """(which, where) of every occurrence."""
