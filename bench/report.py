@@ -227,6 +227,15 @@ def _tables(parts: Mapping[str, Any]) -> Iterable[Table]:
                 for line in stages.shortened(part["stages"])
             ],
         )
+        header = ("where the time of a session's start goes", "mean ms", "share")
+        yield (
+            f"Session start: {part['starts']} of them, with clocks in them",
+            header,
+            [
+                (line["stage"], f"{line['mean_ms']:.3f}", f"{line['share']:.1%}")
+                for line in stages.shortened(part["start_stages"])
+            ],
+        )
     if part := parts.get("throughput"):
         header = ("calls per second", "median", "lowest", "highest", "CPU ms a call")
         lines = [

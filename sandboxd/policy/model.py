@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 
@@ -33,6 +33,9 @@ from sandboxd.policy.values import (
     VariableName,
     WebAddress,
 )
+
+if TYPE_CHECKING:
+    from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
     "Agent",
@@ -322,7 +325,7 @@ class Tool:
     description: Line
     program: ProgramPath
     input_schema: Mapping[str, Any] = attrs.field(metadata={"key": "input"})
-    runtime: Literal["none", "python"] = "none"
+    runtime: Literal["none", "python", "node"] = "none"
     argv: Template = Template()
     stdin: Stdin = Stdin()
     environment: Mapping[str, str] = attrs.field(factory=_empty)
@@ -415,3 +418,4 @@ class Config:
     policies: Mapping[str, Policy]
     generation: str
     warnings: tuple[str, ...] = ()
+    servers: Mapping[str, McpServer] = attrs.field(factory=_empty)

@@ -61,7 +61,9 @@ def test_stages_account_for_a_whole_call(
     assert main(["stages", "--runs", "3", "--json", str(file)]) == 0
     told = json.loads(file.read_text())
     assert told["missing"] == [], "the broker's functions have moved: see bench/traced.py, HOOKS"
-    assert told["calls"] == 3
+    assert told["calls"] == told["starts"] == 3
+    starting = {line["stage"] for line in told["start_stages"]}
+    assert {"snapshot", "record session.started", "keep its record", "launch"} <= starting
     found = {line["stage"] for line in told["stages"]}
     short = stages.shortened(told["stages"])
     assert sum(line["share"] for line in short) == pytest.approx(1)
