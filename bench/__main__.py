@@ -1,11 +1,12 @@
 """``python -m bench``: what sandboxd costs, beside bare starts and beside other programs.
 
 Without more it measures everything, as root or as an ordinary user, and prints tables. Parts by
-name: launch, calls, throughput, idle, start. Runs are interleaved (A B A B ...), so that whatever
-else the machine does hits all alike; only the ratios say something.
+name: launch, calls, stages, throughput, idle, start. Runs are interleaved (A B A B ...), so that
+whatever else the machine does hits all alike; only the ratios say something.
 
-``python -m bench install`` brings the other programs. ``python -m bench stages`` shows where the
-time of one call goes. ``python -m bench leaks`` counts what many launches leave behind.
+``python -m bench install`` brings the other programs. ``python -m bench stages`` alone shows in
+full where the time of one call goes. ``python -m bench leaks`` counts what many launches leave
+behind.
 
 The exit status is 1 when what was measured is isolated less than what is shipped.
 docs/performance.md says how it is done and what is compared with what.
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from bench.peers import NAMES
 
 __all__ = ["main", "run"]
 
-PARTS = ("launch", "calls", "throughput", "idle", "start")
-_ALONE = ("install", "stages", "leaks")
+PARTS = ("launch", "calls", "stages", "throughput", "idle", "start")
+_ALONE = ("install", "leaks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what == ["install"]:
         return install()
     if what == ["stages"]:
-        figures = trio.run(partial(stages.measure, options.runs, profile=options.profile))
+        if options.profile:
+            figures = trio.run(stages.profile, options.runs)
+            return _tell(figures, stages.profile_table(figures), options.json)
+        figures = trio.run(stages.measure, options.runs)
         return _tell(figures, stages.table(figures), options.json)
     if what == ["leaks"]:
         figures = trio.run(leaks.count, options.runs)
         return _tell(figures, leaks.table(figures), options.json)
-    result = run(what, options)
+    result = json.loads(options.earlier.read_text()) if options.earlier else run(what, options)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     if options.plot:
@@ -65,6 +69,7 @@ def run(what: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {
         "launch": lambda: launching.measure(options.runs, peers=peers),
         "calls": lambda: calls.measure(options.runs),
+        "stages": lambda: stages.measure(max(1, options.runs // 4)),
         "throughput": lambda: calls.throughput(options.runs, options.callers, options.rounds),
         "idle": lambda: idle.measure(2 * options.runs, options.sessions),
         "start": lambda: starts.measure(max(1, options.runs // 4)),
@@ -77,7 +82,7 @@ def run(what: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
             parts[name] = trio.run(ways[name])
     return {
         "version": 1,
-        "machine": about,
+        "machine": {**about, "load_after": list(os.getloadavg())},
         "parts": parts,
         "goals": report.judge(parts),
         "invalid": report.invalid(parts),
@@ -99,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sessions", type=int, default=1000, help="idle ones (default: 1000)")
     parser.add_argument("--no-peers", action="store_true", help="of launches, only our own")
     parser.add_argument("--profile", action="store_true", help="stages: with cProfile")
+    parser.add_argument(
+        "--from", type=Path, dest="earlier", metavar="FILE", help="tell figures that --json wrote"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them here (SVG)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put them into this document")
@@ -118,7 +126,7 @@ def _tell(figures: dict[str, Any], table: str, file: Path | None) -> int:
 
 def _write(document: Path, result: dict[str, Any]) -> None:
     """Results into the document, and the drawing beside it."""
-    who = "root" if machine.user() == "root" else "user"
+    who = "root" if result["machine"]["user"] == "root" else "user"
     drawing = document.with_name(f"{document.stem}-{who}.svg")
     drawing.write_text(plot.svg(result))
     report.write(document, who, report.markdown(result, drawing.name))

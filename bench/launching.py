@@ -5,7 +5,6 @@ Beside a bare posix_spawn(3) of the same program, and beside other programs that
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import os
@@ -69,14 +68,14 @@ class Sandboxes:
             privileged = self.launcher.privileged
             self._free.append(next(self._uids) if privileged else os.geteuid())
         secrets = [(each, Secret("x" * 40)) for each in self._decided.inject]
-        # The session that sandboxes are kept ready for, where the broker keeps any.
-        more: dict[str, Any] = {}
-        if "template" in inspect.signature(prepare).parameters:
-            more["template"] = _SESSION
-        prepared = prepare(
-            self._decided, secrets, call="c-bench", uid=self._free.pop(), workspace=None, **more
-        )
-        return prepared.spec
+        return prepare(
+            self._decided,
+            secrets,
+            call="c-bench",
+            uid=self._free.pop(),
+            workspace=None,
+            template=_SESSION,
+        ).spec
 
     async def one(self) -> None:
         """One launch to its end. SystemExit when the program fails."""

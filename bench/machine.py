@@ -41,6 +41,7 @@ def in_words(about: dict[str, Any]) -> str:
         f"{about['processors']} x {about['model']}, {about['memory_gib']} GiB; {about['kernel']}, "
         f"{about['system']}, Python {about['python']}; records on {about['file_system']}; "
         f"load average {about['load'][0]:.1f} when it began"
+        + (f", {about['load_after'][0]:.1f} at its end" if "load_after" in about else "")
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Timed", "Variant", "interleave", "quantile", "ratio", "row", "timed"]
+__all__ = ["Timed", "Variant", "interleave", "own_cpu", "quantile", "ratio", "row", "timed"]
 
 #: One run: the seconds that it took.
 Timed = Callable[[], Awaitable[float]]
@@ -39,10 +39,10 @@ class Variant:
     cpu: float = 0.0
 
     async def once(self) -> None:
-        before = _own_cpu()
+        before = own_cpu()
         self.times.append(await self.run())
         if self.ours:
-            self.cpu += _own_cpu() - before
+            self.cpu += own_cpu() - before
 
 
 async def interleave(variants: Sequence[Variant], rounds: int) -> None:
@@ -110,7 +110,7 @@ def ratio(
     }
 
 
-def _own_cpu() -> float:
+def own_cpu() -> float:
     """User and system time of this process and of the children that it waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime

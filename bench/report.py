@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import calls, launching, machine, starts
+from bench import calls, launching, machine, stages, starts
 from bench.peers import NAMES
 
 __all__ = ["GOALS", "Goal", "Verdict", "invalid", "judge", "markdown", "text", "write"]
@@ -212,21 +212,41 @@ def _tables(parts: Mapping[str, Any]) -> Iterable[Table]:
         lines = [(*_times(each), f"{each['median_ms'] / base:.2f}") for each in part["variants"]]
         lines += [(name, why, "-", "-", "-", "-") for name, why in part["absent"].items()]
         yield (
-            f"Whole tool call: {part['program']} with one secret; the protocol alone takes "
-            f"{part['line_ms']:.2f} ms",
+            f"Whole tool call: {part['program']} with one secret; the line alone (MCP ping) takes "
+            f"{part['line_ms']:.2f} ms, one record made durable {part['record_ms']:.2f} ms",
             header,
             lines,
         )
+    if part := parts.get("stages"):
+        header = ("where the time of a call goes", "mean ms", "share")
+        yield (
+            f"Stages: {part['calls']} calls, one at a time, with clocks in them",
+            header,
+            [
+                (line["stage"], f"{line['mean_ms']:.3f}", f"{line['share']:.1%}")
+                for line in stages.shortened(part["stages"])
+            ],
+        )
+        header = ("where the time of a session's start goes", "mean ms", "share")
+        yield (
+            f"Session start: {part['starts']} of them, with clocks in them",
+            header,
+            [
+                (line["stage"], f"{line['mean_ms']:.3f}", f"{line['share']:.1%}")
+                for line in stages.shortened(part["start_stages"])
+            ],
+        )
     if part := parts.get("throughput"):
-        header = ("calls per second", "median", "lowest", "highest")
+        header = ("calls per second", "median", "lowest", "highest", "CPU ms a call")
         lines = [
             (
                 each["name"],
                 *(f"{each[key]:.0f}" for key in ("calls_per_second", "lowest", "highest")),
+                f"{each['cpu_ms']:.2f}",
             )
             for each in part["variants"]
         ]
-        lines += [(name, why, "-", "-") for name, why in part["absent"].items()]
+        lines += [(name, why, "-", "-", "-") for name, why in part["absent"].items()]
         what = f"{part['callers']} callers, {part['rounds']} rounds of {part['calls']} calls"
         yield f"Calls per second: {what}", header, lines
     if part := parts.get("idle"):

@@ -1,8 +1,8 @@
 """``sandboxd`` that notes when each stage of a call begins and ends.
 
 ``python -m bench.traced`` takes the options of ``sandboxd``; SANDBOXD_BENCH_TRACE names the file
-that the notes go to when it ends, below the state directory. With SANDBOXD_BENCH_PROFILE it also
-runs under cProfile, which slows it: only the shares say something then.
+that the notes go to when it ends, below the state directory. With SANDBOXD_BENCH_PROFILE it runs
+under cProfile instead, which slows it: only the shares say something then.
 """
 
 from __future__ import annotations
@@ -37,10 +37,16 @@ HOOKS = (
     ("unseal", "sandboxd.broker.calls:Calls._unseal"),
     ("prepare", "sandboxd.broker.calls:prepare"),
     ("launch", "sandboxd.isolation.client:Launcher.launch"),
+    ("launch: encode", "sandboxd.isolation.client:encode_spec"),
+    ("launch: seal", "sandboxd.isolation.client:sealed_memfd"),
     ("run", "sandboxd.isolation.client:Process.wait"),
     ("end", "sandboxd.broker.calls:_end"),
     ("redact", "sandboxd.broker.capture:Capture._take"),
     ("note the use", "sandboxd.broker.calls:Calls._touch"),
+    ("session", "sandboxd.sessions.manager:Manager.start"),
+    ("snapshot", "sandboxd.vault.vault:Vault.snapshot"),
+    ("serve its socket", "sandboxd.broker.socket:_listener"),
+    ("keep its record", "sandboxd.vault.vault:Vault.put_session"),
     ("encode", "sandboxd.broker.mcp:_encode"),
     ("write", "trio:SocketStream.send_all"),
 )
@@ -96,30 +102,65 @@ def _wrapped(stage: str, function: Callable[..., Any], spans: list[Span]) -> Cal
 
 def _serve() -> int:
     spans: list[Span] = []
-    missing = attach(spans)
     profile: Any = None
     if os.environ.get("SANDBOXD_BENCH_PROFILE"):
         import cProfile
 
-        profile = cProfile.Profile()
-        profile.enable()
+        profile = cProfile.Profile(time.thread_time)
+        missing = _profile_from_first(profile)
+    else:
+        missing = attach(spans)
     try:
         return main.main()
     finally:
-        told: dict[str, Any] = {"spans": spans, "missing": missing, "profile": []}
+        told: dict[str, Any] = {"spans": spans, "missing": missing, "functions": [], "packages": []}
         if profile is not None:
             profile.disable()
-            told["profile"] = _top(pstats.Stats(profile))
+            told |= _shares(pstats.Stats(profile))
         Path(os.environ["SANDBOXD_BENCH_TRACE"]).write_text(json.dumps(told))
 
 
-def _top(stats: Any) -> list[dict[str, Any]]:
-    """Functions by the time in themselves."""
-    rows = [
-        {"where": f"{Path(file).name}:{line} {name}", "calls": calls, "self": own, "total": total}
-        for (file, line, name), (_, calls, own, total, _) in stats.stats.items()
+def _profile_from_first(profile: Any) -> list[str]:
+    """Begin with the first message of an agent: what the start of the daemon costs is not asked."""
+    mcp: Any = importlib.import_module("sandboxd.broker.mcp")
+    parse = mcp.parse
+
+    def parse_first(line: bytes) -> Any:
+        mcp.parse = parse
+        profile.enable()
+        return parse(line)
+
+    mcp.parse = parse_first
+    return []
+
+
+def _shares(stats: Any) -> dict[str, Any]:
+    """CPU seconds of the event loop's thread, by the function and by the package they are spent
+    in. Waiting costs none."""
+    functions = [
+        {"name": f"{_package(file)} {Path(file).name}:{line} {name}", "calls": calls, "cpu": own}
+        for (file, line, name), (_, calls, own, _, _) in stats.stats.items()
     ]
-    return sorted(rows, key=lambda row: -float(row["self"]))[:60]
+    packages: dict[str, dict[str, Any]] = {}
+    for (file, _, _), (_, calls, own, _, _) in stats.stats.items():
+        of = packages.setdefault(_package(file), {"name": _package(file), "calls": 0, "cpu": 0.0})
+        of["calls"] += calls
+        of["cpu"] += own
+    return {
+        "functions": sorted(functions, key=lambda row: -float(row["cpu"]))[:60],
+        "packages": sorted(packages.values(), key=lambda row: -float(row["cpu"])),
+    }
+
+
+def _package(file: str) -> str:
+    """The package that a file belongs to; of ours, the room."""
+    parts = Path(file).parts
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1].removesuffix(".py")
+    if "sandboxd" in parts:
+        at = len(parts) - 1 - parts[::-1].index("sandboxd")
+        return ".".join(parts[at : at + 2]).removesuffix(".py")
+    return "built in C" if file == "~" else "standard library"
 
 
 if __name__ == "__main__":

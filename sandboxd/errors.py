@@ -64,10 +64,10 @@ class ConfigError(SandboxdError):
         hint: str = "",
     ) -> None:
         self.file, self.line, self.column = os.fspath(file), line, column
-        where = self.file
-        if line:
-            where += f":{line}:{column}"
-        super().__init__(f"{where}: {message}" if where else message, hint=hint)
+        where = f"{self.file}:{line}:{column}" if line else self.file
+        #: How the message begins: ``FILE:LINE:COLUMN: ``, as far as known.
+        self.where = f"{where}: " if where else ""
+        super().__init__(self.where + message, hint=hint)
 
 
 class NotFound(SandboxdError):

@@ -39,6 +39,11 @@ class Paths:
         return self.state / "audit"
 
     @property
+    def pins(self) -> Path:
+        """What operators accepted of MCP servers."""
+        return self.state / "accepted-tools"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 

@@ -6,18 +6,18 @@ import os
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-import attrs
 import trio
 
 from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
-from sandboxd.admin.params import bounded, iso, known_agent, param, thread
+from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.admin.server_methods import ServerMethods
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
-from sandboxd.policy import decide
+from sandboxd.policy.explain import describe_tool, explain_call, outlook
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 
@@ -33,6 +33,7 @@ class Methods:
     def table(self) -> Mapping[str, Method]:
         return {
             **VariableMethods(self._daemon).table(),
+            **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
@@ -45,6 +46,8 @@ class Methods:
             "audit.tail": self.audit_tail,
             "audit.verify": self.audit_verify,
             "policy.explain": self.policy_explain,
+            "policy.outlook": self.policy_outlook,
+            "tools.show": self.tools_show,
         }
 
     # -- the daemon ---------------------------------------------------------------------------
@@ -153,31 +156,25 @@ class Methods:
         )
 
     async def policy_explain(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        agent = known_agent(self._daemon, params)
-        tool, arguments = param(params, "tool", str), params.get("arguments", {})
-        config = self._daemon.config
-        decision = decide(config, agent, tool, arguments)
-        network = decision.network
+        """The decision, and of each variable the version that the next session would get."""
+        daemon, agent = self._daemon, known_agent(self._daemon, params)
+        tool = param(params, "tool", str)
+        found = explain_call(daemon.config, agent, tool, params.get("arguments", {}))
+        versions = {v.name: v.version for v in await thread(daemon.vault.list, agent.slug)}
+        for item in found["inject"]:
+            item["version"] = versions.get(item["variable"])
+        return Reply({**found, "isolation": layers(found["network"], daemon.launcher)})
+
+    async def policy_outlook(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """What each agent can do: by the configuration in force, or by what the files say now."""
+        config = await self._daemon.check() if params.get("files") else self._daemon.config
         return Reply(
             {
-                "verdict": decision.verdict,
-                "rule": decision.rule,
-                "reason": decision.reason,
-                "argv": list(decision.argv),
-                "inject": [
-                    {
-                        "variable": s.variable,
-                        "as": s.as_name,
-                        "delivery": s.delivery,
-                        "redact": s.redact,
-                    }
-                    for s in decision.inject
-                ],
-                "approval_timeout": decision.approval_timeout
-                if decision.verdict == "ask"
-                else None,
-                "network": network,
-                "limits": attrs.asdict(decision.limits),
-                "isolation": layers(network, self._daemon.launcher),
+                "generation": config.generation,
+                "outlook": await thread(outlook, config),
+                "warnings": list(config.warnings),
             }
         )
+
+    async def tools_show(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        return Reply(describe_tool(self._daemon.config, known_tool(self._daemon, params)))

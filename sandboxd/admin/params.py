@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 import trio
 
-from sandboxd.errors import Invalid, NotFound
-from sandboxd.names import agent_slug, shown
-from sandboxd.policy import Agent
+from sandboxd.errors import Invalid
+from sandboxd.names import agent_slug
+from sandboxd.policy import Agent, Tool
+from sandboxd.policy.explain import agent_named, tool_named
 from sandboxd.running import Daemon
 
-__all__ = ["bounded", "iso", "known_agent", "param", "slug", "strings", "thread"]
+__all__ = ["bounded", "iso", "known_agent", "known_tool", "param", "slug", "strings", "thread"]
 
 T = TypeVar("T")
 
@@ -23,16 +24,13 @@ _LIMITER = trio.CapacityLimiter(8)
 
 def known_agent(daemon: Daemon, params: dict[str, Any]) -> Agent:
     """The configured agent that the parameters name. NotFound lists those that there are."""
-    name = slug(params)
-    agents = daemon.config.agents
-    if name not in agents:
-        raise NotFound(
-            f"no agent {shown(name)}",
-            hint="known agents: "
-            + (", ".join(sorted(agents)) or "none")
-            + "; after adding one: sandboxctl reload",
-        )
-    return agents[name]
+    return agent_named(daemon.config, slug(params))
+
+
+def known_tool(daemon: Daemon, params: dict[str, Any]) -> Tool:
+    """The configured tool that the parameters name. NotFound names the nearest."""
+    name = param(params, "tool", str)
+    return tool_named(daemon.config, name)
 
 
 def param(params: dict[str, Any], name: str, kind: type[T]) -> T:

@@ -12,7 +12,17 @@ import trio
 from sandboxd.errors import Unavailable
 from sandboxd.policy.model import Tool
 
-__all__ = ["Busy", "Gate", "Share"]
+__all__ = ["Bounds", "Busy", "Gate", "Share"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many calls run and wait, and for how many seconds one waits at most."""
+
+    total: int = 16
+    per_session: int = 8
+    queue: int = 64
+    patience: float = 60.0
 
 
 class Busy(Unavailable):

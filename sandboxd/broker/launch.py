@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sandboxd.errors import Invalid
 from sandboxd.isolation.overlay import MERGED
-from sandboxd.isolation.runtime import python_argv, python_mounts
+from sandboxd.isolation.runtime import node_argv, node_mounts, python_argv, python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
 from sandboxd.policy.decide import Decision
@@ -58,8 +58,9 @@ def prepare(
     uid: int,
     workspace: Path | None,
     overlay: bool = False,
+    template: str = "",
 ) -> Prepared:
-    """What to launch for an allowed ``decision``.
+    """What to launch for an allowed ``decision``, from sandboxes kept ready for ``template``.
 
     ``overlay``: the workspace is the session's copy-on-write view, whose mount namespace the
     launch brings along.
@@ -96,19 +97,24 @@ def prepare(
         uid=uid,
         cwd=_WORKSPACE if access != "none" else _TEMPORARY,
         network=decision.network,
-        hostname=tool.name.replace("_", "-"),
+        hostname=tool.name.replace("_", "-")[:32],
         user=_USER,
         mounts=_mounts(tool, workspace, access, overlay=overlay),
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=launch_limits(decision.limits),
+        template=template,
     )
     return Prepared(spec_out, stdin, tuple(descriptors))
 
 
 def _argv(tool: Tool, decision: Decision) -> tuple[bytes, ...]:
     program = str(tool.program)
-    start = python_argv(program) if tool.runtime == "python" else (os.fsencode(program),)
+    start: tuple[bytes, ...] = (os.fsencode(program),)
+    if tool.runtime == "python":
+        start = python_argv(program)
+    elif tool.runtime == "node":
+        start = node_argv(program)
     return (*start, *(argument.encode() for argument in decision.argv))
 
 
@@ -119,6 +125,8 @@ def _mounts(
     mounts = [MountSpec(str(tool.directory), str(tool.directory))]
     if tool.runtime == "python":
         mounts += python_mounts()
+    elif tool.runtime == "node":
+        mounts += node_mounts()
     program = Path(tool.program)
     if not program.is_relative_to(tool.directory) and not program.is_relative_to("/usr"):
         mounts.append(MountSpec(str(program), str(program)))

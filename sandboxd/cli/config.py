@@ -1,33 +1,42 @@
-"""``sandboxctl config check``."""
+"""``sandboxctl config check``, and the configuration as the files say it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import output
 from sandboxd.cli.daemon import connect, paths
 from sandboxd.cli.parser import Commands, command, group
 from sandboxd.errors import Unavailable
 
-__all__ = ["add"]
+if TYPE_CHECKING:
+    from sandboxd.policy import Config
+
+__all__ = ["add", "add_check", "load_files"]
 
 
 def add(commands: Commands, name: str, line: str) -> None:
     nouns = group(commands, name, help=line)
+    add_check(nouns, "config")
+
+
+def add_check(nouns: Commands, noun: str) -> None:
+    """Add ``check`` to ``config`` and ``policy``: a policy can't be checked without the rest."""
     parser = command(
         nouns,
         "check",
         check,
         help="check the configuration without applying it",
         description="Check every configuration file and report each mistake with its file, line, "
-        "column and what was expected. The daemon checks its own directory, with its own rights; "
+        "column and what was expected; warn about what works and can hardly be meant, such as "
+        "a rule that never decides. The daemon checks its own directory, with its own rights; "
         "with DIR, or when no daemon runs, sandboxctl checks the directory itself. "
         "Exits with 2 when anything is wrong.",
         examples=[
-            ("sandboxctl config check", "before sandboxctl reload"),
-            ("sandboxctl config check ./config", "a directory in a repository, in CI"),
+            (f"sandboxctl {noun} check", "before sandboxctl reload"),
+            (f"sandboxctl {noun} check ./config", "a directory in a repository, in CI"),
         ],
     )
     parser.add_argument("directory", metavar="DIR", nargs="?", help="check this one, here")
@@ -35,7 +44,7 @@ def add(commands: Commands, name: str, line: str) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    got = _locally(Path(args.directory)) if args.directory else _by_daemon(args)
+    got = _summary(load_files(Path(args.directory))) if args.directory else _by_daemon(args)
     if args.json:
         output.print_json(got)
         return 0
@@ -45,20 +54,24 @@ def check(args: argparse.Namespace) -> int:
     return 0
 
 
+def load_files(directory: Path) -> Config:
+    """The configuration in ``directory``, read here and now. Raises ConfigErrors."""
+    from sandboxd.paths import shipped
+    from sandboxd.policy import load_config
+
+    return load_config(
+        directory.absolute(), shipped_policies=shipped("policies"), shipped_tools=shipped("tools")
+    )
+
+
 def _by_daemon(args: argparse.Namespace) -> dict[str, Any]:
     try:
         with connect(args) as daemon:
             got: dict[str, Any] = daemon.call("config.check")
             return got
     except Unavailable:
-        return _locally(paths(args).config)
+        return _summary(load_files(paths(args).config))
 
 
-def _locally(directory: Path) -> dict[str, Any]:
-    from sandboxd.paths import shipped
-    from sandboxd.policy import load_config
-
-    loaded = load_config(
-        directory.absolute(), shipped_policies=shipped("policies"), shipped_tools=shipped("tools")
-    )
+def _summary(loaded: Config) -> dict[str, Any]:
     return {"generation": loaded.generation, "warnings": list(loaded.warnings)}

@@ -21,6 +21,7 @@ from sandboxd.errors import SandboxdError
 
 __all__ = [
     "amount",
+    "bound",
     "clean",
     "colour",
     "columns",
@@ -30,6 +31,7 @@ __all__ = [
     "print_json",
     "set_up",
     "show_error",
+    "size",
     "table",
     "when",
     "yes_no",
@@ -149,6 +151,21 @@ def when(value: str | None, *, never: str = "never") -> str:
 def amount(count: int, one: str, many: str = "") -> str:
     """``1 session``, ``2 sessions``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def size(count: int) -> str:
+    """Bytes as configuration files have them: ``64M``, or a plain number where none fits."""
+    for power, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if count and count % (1 << power) == 0:
+            return f"{count >> power}{unit}"
+    return str(count)
+
+
+def bound(name: str, value: float) -> str:
+    """One limit as configuration files have it."""
+    if name in ("memory", "file_size", "tmp_size", "output_limit"):
+        return f"{name}: {size(int(value))}"
+    return f"{name}: {value:g}s" if name in ("cpu", "timeout") else f"{name}: {value:g}"
 
 
 def yes_no(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sandboxd.cli import authoring, output
+from sandboxd.cli import authoring, lint, output, servers
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command, group
 
@@ -27,7 +27,9 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("agent", metavar="AGENT", nargs="?", help="show this agent's tools")
     parser.lookups["agent"] = "agents"
+    lint.add(nouns)
     authoring.add(nouns)
+    servers.add(nouns)
 
 
 def list_(args: argparse.Namespace) -> int:

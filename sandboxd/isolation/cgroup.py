@@ -169,6 +169,14 @@ class Cgroup:
             if not (place.unified and born):
                 place.write(f"{self._name}/{'cgroup.procs' if place.unified else 'tasks'}", b"0")
 
+    def open(self, file: str, *, unified: bool, controller: str, mode: int = os.O_RDONLY) -> int:
+        """One of its files, to keep; -1 where there is none such, or not of this version."""
+        for place in self._places:
+            if place.unified == unified and (unified or controller in place.controllers):
+                with contextlib.suppress(OSError):
+                    return os.open(f"{self._name}/{file}", mode | os.O_CLOEXEC, dir_fd=place.lock)
+        return -1
+
     def kill(self) -> None:
         """SIGKILL for every process inside, where the kernel can do that (v2, Linux 5.14)."""
         for place in self._places:

@@ -10,11 +10,14 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
+from sandboxd.isolation.pool import Pool, Template
+from sandboxd.isolation.reports import Exit, descriptors_in, exit_of, failure_of, gone, pid_of
+from sandboxd.isolation.reuse import template_key, template_suits
 from sandboxd.isolation.wire import (
     FRAME,
     MAX_SPEC,
@@ -36,23 +39,6 @@ _ENDING_LIMIT = 5.0
 _STARTING_AT_ONCE = 32
 
 
-@dataclass(frozen=True)
-class Exit:
-    """How a program ended: ``code`` or ``signal`` (the other is None), and what was used.
-
-    ``cpu_ms`` is that of the whole tree, ``max_rss_kib`` the largest process's. ``peak_kib`` is
-    the most that the tree held at once, caches of files included; 0 where no cgroup tells.
-    ``oom``: the kernel ended it, or a process of it, for want of memory.
-    """
-
-    code: int | None
-    signal: int | None
-    cpu_ms: int
-    max_rss_kib: int
-    peak_kib: int = 0
-    oom: bool = False
-
-
 class Process:
     """A running sandbox. Its pid is that of the sandbox's init, as the host sees it."""
 
@@ -62,6 +48,8 @@ class Process:
         self.pidfd = -1
         self.exit: Exit | None = None
         self._launcher, self._number = launcher, number
+        self._template: Template | None = None
+        self._declined = False
         self._started, self._ended = trio.Event(), trio.Event()
         self._failure: SandboxdError | None = None
 
@@ -85,6 +73,9 @@ class Process:
         if signum == signal.SIGKILL:
             await self.kill()
         elif not self._ended.is_set():
+            if self._template is not None:
+                # It may arrive after this program's end, and must not hit the next one.
+                self._template.worn = True
             await self._launcher.send(Frame(Kind.SIGNAL, self._number, signum))
 
     async def kill(self) -> None:
@@ -102,6 +93,7 @@ class Launcher:
         self._starting = trio.Semaphore(_STARTING_AT_ONCE)
         self._processes: dict[int, Process] = {}
         self._numbers = 0
+        self._pool = Pool()
         self._ready = trio.Event()
         self._failure: SandboxdError | None = None
         self._pidfd = -1
@@ -147,24 +139,90 @@ class Launcher:
             raise Invalid("a launch needs one descriptor for each of its extra_fds")
         data = encode_spec(spec)
         if len(data) > MAX_SPEC:
-            raise _failure(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
-        async with self._starting:
-            self._numbers += 1
-            process = Process(self, self._numbers, spec.id)
-            memfd = sealed_memfd(data)
-            self._processes[process._number] = process
-            try:
-                fds = (memfd, stdin, stdout, stderr, *extra)
-                limits = spec.limits
-                share = (limits.memory, limits.processes, limits.millicpus)
-                await self.send(Frame(Kind.LAUNCH, process._number, len(fds), *share), *fds)
-            except BaseException:
-                self._processes.pop(process._number, None)
-                raise
-            finally:
-                os.close(memfd)
-            await self._await_start(process)
+            raise failure_of(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
+        memfd = sealed_memfd(data)
+        try:
+            fds = (memfd, stdin, stdout, stderr, *extra)
+            if spec.template and template_suits(spec, fds[1:]):
+                return await self._launch_in_template(spec, fds)
+            async with self._starting:
+                process = self._new_process(spec)
+                try:
+                    await self.send(
+                        Frame(Kind.LAUNCH, process._number, len(fds), *_share(spec)), *fds
+                    )
+                except BaseException:
+                    self._finish(process)
+                    raise
+                await self._await_start(process)
+                return process
+        finally:
+            os.close(memfd)
+
+    async def retire(self, group: str) -> None:
+        """End the templates of a group: the idle ones now, the others after their call."""
+        await self._pool.retire(group)
+
+    def _new_process(self, spec: LaunchSpec) -> Process:
+        self._numbers += 1
+        process = Process(self, self._numbers, spec.id)
+        self._processes[process._number] = process
         return process
+
+    async def _launch_in_template(self, spec: LaunchSpec, fds: Sequence[int]) -> Process:
+        key = (spec.template, template_key(spec))
+        while True:
+            template = self._pool.take(key) or await self._new_template(key, spec)
+            number = self._numbers = self._numbers + 1
+            process = Process(self, template.number, spec.id)
+            process._template, process.pid = template, template.pid
+            take = partial(self._take_from_template, process)
+            if await template.send(number, fds, take):
+                await self._await_start(process)
+                if not process._declined:
+                    return process
+            # It ended just now, by itself, and has started nothing: a call had left traces in it.
+
+    async def _new_template(self, key: tuple[str, str], spec: LaunchSpec) -> Template:
+        self._numbers += 1
+        template = self._pool.add(self._numbers, key)
+        async with self._starting:
+            try:
+                await self.send(Frame(Kind.TEMPLATE, template.number, 0, *_share(spec)))
+                with trio.fail_after(_STARTING_LIMIT):
+                    await template.ready.wait()
+            except BaseException as failure:
+                self._pool.drop(template)
+                if isinstance(failure, trio.TooSlowError):
+                    raise Unavailable(
+                        f"the sandbox did not start in {_STARTING_LIMIT:.0f} s"
+                    ) from None
+                raise
+        if template.failure is not None:
+            raise template.failure
+        return template
+
+    def _take_from_template(self, process: Process, frame: Frame | None) -> None:
+        """News of a call from its template; None: the template has ended."""
+        template = process._template
+        assert template is not None
+        if frame is None and template.usage is None:
+            process._failure = self._failure or gone()
+        elif frame is None and not process._started.is_set() and template.left:
+            process._declined = True
+        elif frame is None and not process._started.is_set():
+            process._failure = failure_of(
+                Frame(Kind.FAILED, 0, errno.ECHILD, text="setup\tkilled while starting")
+            )
+        elif frame is None or frame.kind is Kind.EXITED:
+            process.exit = exit_of(frame or template.last_words())
+        elif frame.kind is Kind.FAILED:
+            process._failure = failure_of(frame)
+        elif frame.kind is Kind.STARTED:
+            process._started.set()
+            return
+        process._started.set()
+        process._ended.set()
 
     async def _await_start(self, process: Process) -> None:
         try:
@@ -185,11 +243,11 @@ class Launcher:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         async with self._sending:
             if self.gone.is_set():
-                raise self._failure or _gone()
+                raise self._failure or gone()
             try:
                 await self._sock.sendmsg([frame.pack()], ancillary)
             except (ConnectionError, trio.ClosedResourceError):
-                raise _gone() from None
+                raise gone() from None
             except OSError as failure:
                 raise KernelError("sendmsg", failure.errno or 0, "launch frame") from None
 
@@ -198,11 +256,11 @@ class Launcher:
         try:
             while True:
                 data, ancillary, _, _ = await self._sock.recvmsg(
-                    FRAME.size, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                    FRAME.size, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC
                 )
                 if not data:
                     break
-                fds = _descriptors(ancillary)
+                fds = descriptors_in(ancillary)
                 try:
                     self._take(Frame.unpack(data), fds)
                 finally:
@@ -212,9 +270,10 @@ class Launcher:
             pass  # told below: a launcher that can't be read is gone
         finally:
             self._sock.close()
-            self._failure = self._failure or _gone()
+            self._failure = self._failure or gone()
             self.gone.set()
             await self._last_process()
+            self._pool.launcher_is_gone(self._failure)
             self._ready.set()
             for process in list(self._processes.values()):
                 process._failure = self._failure
@@ -236,11 +295,13 @@ class Launcher:
             self.cgroup = CgroupState.unpack(frame.text)
             if fds:
                 self._pidfd = fds.pop()
-                self.pid = _pid_of(self._pidfd)
+                self.pid = pid_of(self._pidfd)
             self._ready.set()
             return
         if frame.kind is Kind.FAILED and frame.number == 0:
-            self._failure = _failure(frame)
+            self._failure = failure_of(frame)
+            return
+        if self._pool.take_report(frame, fds):
             return
         process = self._processes.get(frame.number)
         if process is None:
@@ -248,21 +309,13 @@ class Launcher:
         if frame.kind is Kind.STARTED:
             if fds:  # none when this process has no descriptor left; it runs all the same
                 process.pidfd = fds.pop()
-                process.pid = _pid_of(process.pidfd)
+                process.pid = pid_of(process.pidfd)
             process._started.set()
         elif frame.kind is Kind.FAILED:
-            process._failure = _failure(frame)
+            process._failure = failure_of(frame)
             self._finish(process)
         elif frame.kind is Kind.EXITED:
-            code = os.waitstatus_to_exitcode(frame.a)
-            process.exit = Exit(
-                code if code >= 0 else None,
-                -code if code < 0 else None,
-                frame.b // 1000,
-                frame.c,
-                frame.d,
-                frame.text == "oom",
-            )
+            process.exit = exit_of(frame)
             self._finish(process)
 
     def _finish(self, process: Process) -> None:
@@ -284,6 +337,7 @@ async def open_launcher(sock: socket.socket) -> AsyncIterator[Launcher]:
     launcher = Launcher(sock)
     started = False
     async with trio.open_nursery() as nursery:
+        launcher._pool.nursery = nursery
         nursery.start_soon(launcher.run)
         await launcher._ready.wait()
         if not launcher.gone.is_set():
@@ -293,48 +347,9 @@ async def open_launcher(sock: socket.socket) -> AsyncIterator[Launcher]:
             finally:
                 nursery.cancel_scope.cancel()
     if not started:  # told out here, where no nursery makes a group of it
-        raise launcher._failure or _gone()
+        raise launcher._failure or gone()
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    return list(fds)
-
-
-def _pid_of(pidfd: int) -> int:
-    """The pid behind a pidfd as this process's /proc names it (pidfd_open(2)); 0 if ended."""
-    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{pidfd}") as info:
-        for line in info:
-            if line.startswith("Pid:"):
-                return max(0, int(line.split()[1]))
-    return 0
-
-
-def _gone() -> Unavailable:
-    return Unavailable("the launcher is gone", hint="restart the daemon: it can launch nothing now")
-
-
-def _failure(frame: Frame) -> SandboxdError:
-    call, _, path = frame.text.partition("\t")
-    return KernelError(call, frame.a, path, hint=_hint(call, frame.a, path))
-
-
-def _hint(call: str, code: int, path: str) -> str:
-    if call == "execve" and code == errno.ENOENT:
-        return f"{path} is not in the sandbox, or its interpreter isn't; mount what it needs"
-    if call == "execve" and code == errno.EACCES:
-        return f"{path} is not executable in the sandbox"
-    if call == "execve" and code == errno.E2BIG:
-        return "arguments and environment are larger than the kernel takes (execve(2), E2BIG)"
-    if call == "mount_setattr" and code == errno.EINVAL:
-        return f"the file system of {path} has no id-mapped mounts; use a local one (ext4, xfs...)"
-    if call == "idmap":
-        return "give the workspace to an ordinary user: chown USER DIR"
-    if call == "setxattr" or path.startswith("overlay"):
-        return "a copy-on-write workspace can't be had here; see docs/configuration.md, workspace"
-    if call in ("unshare", "write", "setns", "fsmount"):
-        return "this host withholds what a sandbox needs; see: sandboxctl doctor"
-    return ""
+def _share(spec: LaunchSpec) -> tuple[int, int, int]:
+    limits = spec.limits
+    return limits.memory, limits.processes, limits.millicpus

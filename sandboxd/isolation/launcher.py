@@ -25,7 +25,7 @@ from functools import partial
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
-from sandboxd.isolation import cgroup, clocks, kernel, landlock, seccomp
+from sandboxd.isolation import cgroup, clocks, kernel, landlock, seccomp, template
 from sandboxd.isolation.cgroup import Cgroup, Cgroups, Share, Usage
 from sandboxd.isolation.sandbox import enter, prepare
 from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
@@ -250,15 +250,25 @@ class _Launcher:
                 self._fail(frame.number, KernelError("recvmsg", errno.EBADMSG, "launch frame"))
             else:
                 self._launch(frame.number, fds, Share(frame.b, frame.c, frame.d))
+        elif frame.kind is Kind.TEMPLATE:
+            if frame.number and frame.number not in self.sandboxes:
+                self._launch(frame.number, [], Share(frame.b, frame.c, frame.d))
         elif frame.kind is Kind.SIGNAL:
             self._signal(frame.number, frame.a)
         elif frame.kind is Kind.KILL:
             self._signal(frame.number, signal.SIGKILL)
 
     def _launch(self, number: int, fds: list[int], share: Share) -> None:
+        """Fork a sandbox's init. Without ``fds`` it becomes a template, which the broker talks to.
+
+        That conversation isn't ours: a template is told from any other sandbox by it alone.
+        """
         read = write = -1
         group = None
+        ends: tuple[socket.socket, ...] = ()
         try:
+            if not fds:
+                ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             group = self.cgroups.create(share)
             # unshare(CLONE_NEWPID) works once until the children's namespace is set back.
             kernel.setns(self.own_pidns, kernel.CLONE_NEWPID)
@@ -268,6 +278,8 @@ class _Launcher:
             if pid == 0:
                 gc.disable()
                 kernel.set_title(self.arguments, "sandboxd-init")
+                if ends:
+                    template.enter(ends[1], privileged=self.privileged, group=group, born=born)
                 join = partial(group.join, born=born) if group is not None else None
                 enter(number, fds, write, privileged=self.privileged, join=join)
             try:
@@ -285,7 +297,7 @@ class _Launcher:
                 failure = KernelError("fork", failure.errno or 0)
             self._fail(number, failure)
         else:
-            sandbox = _Sandbox(number, pid, pidfd, read, group)
+            sandbox = _Sandbox(number, pid, pidfd, read, group, started=bool(ends))
             self.sandboxes[number] = sandbox
             self.selector.register(read, selectors.EVENT_READ, lambda: self._on_report(sandbox))
             self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._on_exit(sandbox))
@@ -293,9 +305,13 @@ class _Launcher:
                 on_oom = partial(self._on_oom, sandbox)
                 sandbox.watched = True
                 self.selector.register(group.oom, selectors.EVENT_READ, on_oom)
+            if ends:
+                self._send(Frame(Kind.STARTED, number), ends[0].fileno(), pidfd)
         finally:
             if write >= 0:
                 os.close(write)
+            for end in ends:
+                end.close()
 
     def _fork(self, group: Cgroup | None) -> tuple[int, bool]:
         """fork(2); the pid, and whether the child was born in its cgroup (v2)."""

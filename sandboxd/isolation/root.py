@@ -20,7 +20,7 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 
-__all__ = ["Root", "mount_point", "system_layout"]
+__all__ = ["READONLY", "Root", "mount_point", "private_places", "system_layout"]
 
 #: Programs and libraries. A host path that is a symbolic link (/bin -> usr/bin on merged-/usr
 #: systems) is copied as a link.
@@ -80,7 +80,7 @@ _PROC_COVERED = {*_PROC_READONLY, *_PROC_MASKED_FILES, *_PROC_MASKED_DIRECTORIES
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)
 
 _LOCKED = kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV
-_READONLY = _LOCKED | kernel.MOUNT_ATTR_RDONLY
+READONLY = _LOCKED | kernel.MOUNT_ATTR_RDONLY
 _BENEATH = kernel.RESOLVE_BENEATH | kernel.RESOLVE_NO_SYMLINKS | kernel.RESOLVE_NO_MAGICLINKS
 
 
@@ -123,11 +123,12 @@ class Root:
 
         # So far the tree is ours alone, and plain paths in it lead nowhere else.
         for path, tree in system:
-            self._place_own(path, tree)
+            self.place_own(path, tree)
         for path, target in links:
             os.symlink(target, path.lstrip("/"), dir_fd=self.fd)
-        self._private("tmp", 0o1777)
-        self._private(f"home/{self.spec.user}", 0o700)
+        for place, mode in private_places(self.spec):
+            if not place.startswith("/dev/"):
+                self._private(place, mode)
         self._devices(devices)
         sysctl = self._proc(masks)
         self._etc()
@@ -136,8 +137,7 @@ class Root:
         for mount, tree in zip(mounts, copies, strict=True):
             if tree is not None:
                 self._place(tree, mount.target)
-        for file in self.spec.files:
-            self._file(file.path, file.content, file.mode)
+        self.deliver()
         kernel.set_mount_attributes(self.fd, kernel.MOUNT_ATTR_RDONLY, recursive=False)
         return sysctl
 
@@ -148,6 +148,11 @@ class Root:
         kernel.umount_detached(".")
         os.chdir("/")
         os.close(self.fd)
+
+    def deliver(self) -> None:
+        """Make the spec's files."""
+        for file in self.spec.files:
+            self._file(file.path, file.content, file.mode)
 
     def _clone(self, mount: MountSpec) -> int | None:
         """A detached, locked-down copy of a host path; None for an absent optional one."""
@@ -168,7 +173,7 @@ class Root:
         recursive = userns < 0
         tree = kernel.clone_tree(source, recursive=recursive, shown=mount.source)
         os.close(source)
-        attributes = _READONLY if mount.readonly else _LOCKED
+        attributes = READONLY if mount.readonly else _LOCKED
         attributes |= kernel.MOUNT_ATTR_NOEXEC if mount.noexec else 0
         kernel.set_mount_attributes(tree, attributes, recursive=recursive, path=mount.source)
         if userns >= 0:
@@ -185,7 +190,7 @@ class Root:
     def _clone_shared(self, mount: MountSpec) -> int:
         """A detached copy of a mount in the namespace that the broker passed along."""
         tree = _clone_from(self.namespace, mount.source)
-        attributes = _READONLY if mount.readonly else _LOCKED
+        attributes = READONLY if mount.readonly else _LOCKED
         attributes |= kernel.MOUNT_ATTR_NOEXEC if mount.noexec else 0
         kernel.set_mount_attributes(tree, attributes, recursive=False, path=mount.source)
         return tree
@@ -212,20 +217,22 @@ class Root:
             gid=str(self.gid),
         )
         self.memory.add(os.fstat(tree).st_dev)
-        self._place_own(path, tree)
+        self.place_own(path, tree)
 
     def _devices(self, devices: list[tuple[str, int]]) -> None:
         dev = kernel.mount_filesystem("tmpfs", _LOCKED, mode="0755", size="65536", nr_inodes="64")
-        self._place_own("dev", dev, close=False)
+        self.place_own("dev", dev, close=False)
         for name, device in devices:
-            self._place_own(f"dev/{name}", device)
+            self.place_own(f"dev/{name}", device)
         for name, target in _DEVICE_LINKS.items():
             os.symlink(target, name, dir_fd=dev)
-        self._private("dev/shm", 0o1777)
+        for place, mode in private_places(self.spec):
+            if place.startswith("/dev/"):
+                self._private(place, mode)
         pts = kernel.mount_filesystem(
             "devpts", kernel.MOUNT_ATTR_NOSUID, newinstance=None, ptmxmode="0666", mode="0620"
         )
-        self._place_own("dev/pts", pts)
+        self.place_own("dev/pts", pts)
         kernel.set_mount_attributes(dev, kernel.MOUNT_ATTR_RDONLY, recursive=False)
         os.close(dev)
 
@@ -240,7 +247,7 @@ class Root:
                 errno.EPERM,
                 "proc (a container that masks /proc forbids a new one; see sandboxctl doctor)",
             ) from None
-        self._place_own("proc", proc, close=False)
+        self.place_own("proc", proc, close=False)
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         listing = os.open(".", flags, dir_fd=proc)
         present = _PROC_COVERED.intersection(os.listdir(listing))
@@ -248,7 +255,7 @@ class Root:
         sysctl = os.open("sys", flags, dir_fd=proc)
         for name in present.intersection(_PROC_READONLY):
             tree = kernel.clone_tree(proc, name, recursive=True, shown=f"/proc/{name}")
-            kernel.set_mount_attributes(tree, _READONLY, recursive=True)
+            kernel.set_mount_attributes(tree, READONLY, recursive=True)
             _move(tree, proc, name)
         for name, null in zip(_PROC_MASKED_FILES, masks, strict=True):
             if name in present:
@@ -257,7 +264,7 @@ class Root:
             else:
                 os.close(null)
         for name in present.intersection(_PROC_MASKED_DIRECTORIES):
-            empty = kernel.mount_filesystem("tmpfs", _READONLY, mode="0555", size="4096")
+            empty = kernel.mount_filesystem("tmpfs", READONLY, mode="0555", size="4096")
             _move(empty, proc, name)
         os.close(proc)
         return sysctl
@@ -276,7 +283,7 @@ class Root:
             hosts = f"127.0.0.1 localhost {self.spec.hostname}\n::1 localhost\n"
             self._file("etc/hosts", hosts.encode(), 0o444, own=False)
 
-    def _place_own(self, path: str, tree: int, *, close: bool = True) -> None:
+    def place_own(self, path: str, tree: int, *, close: bool = True) -> None:
         """Put a detached mount on ``path`` while nothing in the tree is anybody else's."""
         path = path.strip("/")
         if stat.S_ISDIR(os.fstat(tree).st_mode):
@@ -369,6 +376,11 @@ class Root:
             os.chown(name, self.uid, self.gid, dir_fd=at, follow_symlinks=False)
 
 
+def private_places(spec: LaunchSpec) -> tuple[tuple[str, int], ...]:
+    """Where a sandbox has memory of its own to write to, and with which mode."""
+    return (("/tmp", 0o1777), (f"/home/{spec.user}", 0o700), ("/dev/shm", 0o1777))  # noqa: S108
+
+
 @functools.cache
 def system_layout() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """The host's directories of programs and libraries, and its links to them, as at the start."""
@@ -394,7 +406,7 @@ def _clone_system(path: str) -> int | None:
         if failure.errno in _ABSENT:
             return None
         raise
-    kernel.set_mount_attributes(tree, _READONLY, recursive=True, path=path)
+    kernel.set_mount_attributes(tree, READONLY, recursive=True, path=path)
     return tree
 
 

@@ -34,7 +34,7 @@ from sandboxd.isolation.wire import (
     failed,
 )
 
-__all__ = ["INSIDE_ID", "enter", "prepare"]
+__all__ = ["INSIDE_ID", "SIGNALS", "build", "enter", "limit", "prepare", "restrict", "setup_failed"]
 
 #: The user and group id that every sandboxed program sees as its own.
 INSIDE_ID = 1000
@@ -46,14 +46,14 @@ _NAMESPACES = (
     | kernel.CLONE_NEWCGROUP
     | kernel.CLONE_NEWNET
 )
-_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 #: What Python and the launcher ignore or handle, and a program must not inherit.
 _OURS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def prepare() -> None:
     """Once, in the launcher: what would be the same for every sandbox to come."""
-    for number in _SIGNALS.difference(_OURS):
+    for number in SIGNALS.difference(_OURS):
         signal.signal(number, signal.SIG_DFL)
     system_layout()
 
@@ -74,7 +74,7 @@ def enter(
     to the pipe ``report`` as frames: STARTED once the program runs or FAILED, then EXITED.
     """
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         kernel.set_dumpable(False)
         if join is not None:
             join()
@@ -93,33 +93,27 @@ def enter(
     except SandboxdError as failure:
         _send(report, failed(number, failure))
     except BaseException as failure:  # the last frame of this process: nobody else can report it
-        code = failure.errno if isinstance(failure, OSError) and failure.errno else errno.EINVAL
-        # Only the class and the file: an exception's text may quote what it choked on.
-        path = failure.filename if isinstance(failure, OSError) else None
-        where = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
-        text = f"setup\t{type(failure).__name__} {where}".rstrip()
-        _send(report, Frame(Kind.FAILED, number, code, text=text))
+        _send(report, setup_failed(number, failure))
     os._exit(125)
+
+
+def setup_failed(number: int, failure: BaseException) -> Frame:
+    """The FAILED frame of an exception that nobody foresaw."""
+    code = failure.errno if isinstance(failure, OSError) and failure.errno else errno.EINVAL
+    # Only the class and the file: an exception's text may quote what it choked on.
+    path = failure.filename if isinstance(failure, OSError) else None
+    where = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
+    text = f"setup\t{type(failure).__name__} {where}".rstrip()
+    return Frame(Kind.FAILED, number, code, text=text)
 
 
 def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
     """Build the sandbox around this process and start the program in it. Returns its pid."""
-    uid = spec.uid if privileged else os.geteuid()
     namespace = -1
     if spec.brings_namespace:
         *streams, namespace = streams
-    network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
-    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
-    kernel.sethostname(spec.hostname)
-    kernel.join_new_keyring()
-    root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
-    sysctl = root.build()
-    root.pivot()
-    _give_up_privileges(uid, sysctl, privileged=privileged)
-    system, _ = system_layout()
-    places = landlock.places(spec, system)
-    landlock.restrict(landlock.best_abi(), places, streams, tcp=spec.network == "host")
-    seccomp.restrict_sandbox()
+    build(spec, privileged=privileged, namespace=namespace)
+    restrict(spec, streams)
     try:
         os.chdir(spec.cwd)
     except OSError as failure:
@@ -127,7 +121,39 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
     return _spawn(spec, streams)
 
 
-def _give_up_privileges(uid: int, sysctl: int, *, privileged: bool) -> None:
+def build(
+    spec: LaunchSpec, *, privileged: bool, namespace: int = -1, kind: type[Root] = Root
+) -> Root:
+    """Put this process into namespaces and a root of its own, and make an ordinary user of it.
+
+    Capabilities are left in the innermost user namespace, which owns none of the others.
+    """
+    uid = spec.uid if privileged else os.geteuid()
+    network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
+    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
+    kernel.sethostname(spec.hostname)
+    kernel.join_new_keyring()
+    root = kind(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
+    sysctl = root.build()
+    root.pivot()
+    _become_user(uid, sysctl, privileged=privileged)
+    return root
+
+
+def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
+    """Give up for good, here and in whatever is started, what building the sandbox needed.
+
+    The last step before the program, whether in a sandbox made for it or in one that is kept ready.
+    ``streams`` are the descriptors that the program gets.
+    """
+    kernel.drop_capabilities()
+    system, _ = system_layout()
+    places = landlock.places(spec, system)
+    landlock.restrict(landlock.best_abi(), places, streams, tcp=spec.network == "host")
+    seccomp.restrict_sandbox()
+
+
+def _become_user(uid: int, sysctl: int, *, privileged: bool) -> None:
     """Become an ordinary user that no program can make more of."""
     if privileged:
         os.setgroups([])
@@ -150,7 +176,6 @@ def _give_up_privileges(uid: int, sysctl: int, *, privileged: bool) -> None:
     _write("user/max_user_namespaces", b"0", directory=sysctl)
     os.close(sysctl)
     kernel.no_new_privileges()
-    kernel.drop_capabilities()
 
 
 def _spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
@@ -186,7 +211,7 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
     kernel.close_all_but([*targets, done])
     if spec.tty:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    _limit(spec.limits)
+    limit(spec.limits)
     os.umask(0o022)
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
@@ -194,7 +219,8 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
     os.execve(spec.argv[0], spec.argv, dict(spec.env))
 
 
-def _limit(limits: Limits) -> None:
+def limit(limits: Limits) -> None:
+    """Set the resource limits of this process, never above those it has."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for kind, value in (
         (resource.RLIMIT_DATA, limits.memory),
@@ -213,7 +239,7 @@ def _limit(limits: Limits) -> None:
 def _be_init(number: int, program: int, report: int) -> NoReturn:
     """Reap, pass signals on, and end with the program: the kernel then kills the whole tree."""
     while True:
-        received = signal.sigwaitinfo(_SIGNALS).si_signo
+        received = signal.sigwaitinfo(SIGNALS).si_signo
         if received != signal.SIGCHLD:
             os.kill(program, received)
             continue

@@ -17,7 +17,7 @@ import fcntl
 import os
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
 
@@ -29,12 +29,17 @@ __all__ = [
     "Kind",
     "LaunchSpec",
     "Limits",
+    "Located",
     "MountSpec",
     "OverlaySpec",
     "check_spec",
+    "decode_lasting",
     "decode_spec",
     "encode_spec",
     "failed",
+    "lasting_part",
+    "lasting_span",
+    "locate",
     "sealed_memfd",
 ]
 
@@ -46,6 +51,10 @@ MAX_SPEC = 16 << 20
 #: Descriptors wait at this number and above while they are put in their places.
 FIRST_HIGH_FD = 256
 
+Span = tuple[int, int]
+
+_NUMBER = struct.Struct("!Q")
+_GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 
 
@@ -55,11 +64,15 @@ class Kind(enum.IntEnum):
     LAUNCH = 1  # operands: number of descriptors; of the cgroup: bytes, processes, millicpus
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
+    TEMPLATE = 4  # make a template; operands: 0; of the cgroup: as of LAUNCH
     #: Operands: 1 when privileged, else 0; Landlock's ABI; 1 when seccomp filters are installed; 1
     #: when there are time namespaces. Text: CgroupState.
     READY = 16
-    STARTED = 17  # descriptor: pidfd of the sandbox's init
-    FAILED = 18  # operands: errno; text: system call and path
+    #: Descriptor: pidfd of the sandbox's init. Of a template itself: a socket to it, and the pidfd;
+    #: of its call: CPU microseconds that it used before, no descriptor.
+    STARTED = 17
+    #: Operands: errno; 1 when a template ends with it. Text: system call and path.
+    FAILED = 18
     #: Operands: wait status, cpu microseconds, peak KiB of the largest process, of the whole tree
     #: (0 where no cgroup tells); text: "oom" when the kernel killed in it for want of memory.
     EXITED = 19
@@ -180,7 +193,11 @@ class CgroupState:
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """Everything that one sandbox is. Strings are host or sandbox paths, bytes are opaque."""
+    """Everything that one sandbox is. Strings are host or sandbox paths, bytes are opaque.
+
+    ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
+    empty asks for a sandbox made for this launch alone.
+    """
 
     id: str
     argv: tuple[bytes, ...] = field(repr=False)
@@ -195,6 +212,7 @@ class LaunchSpec:
     files: tuple[FileSpec, ...] = field(default=(), repr=False)
     extra_fds: tuple[int, ...] = ()
     limits: Limits = Limits()
+    template: str = ""
     overlay: OverlaySpec | None = None
 
     @property
@@ -214,6 +232,8 @@ def check_spec(spec: LaunchSpec) -> None:
         raise Invalid("a variable of the environment has no name that execve(2) could carry")
     if any(b"\0" in value for _, value in spec.env) or len(set(names)) < len(names):
         raise Invalid("a variable of the environment is set twice, or holds a NUL byte")
+    if spec.template and not _GROUP.fullmatch(spec.template):
+        raise Invalid("a group of templates has letters, digits, '.', '_' and '-', at most 64")
     if spec.network not in ("none", "host"):
         raise Invalid(f"there is no network {spec.network!r}", hint="one of: none, host")
     if not _NAME.fullmatch(spec.hostname) or not _NAME.fullmatch(spec.user):
@@ -248,18 +268,33 @@ def failed(number: int, failure: SandboxdError) -> Frame:
 
 
 def encode_spec(spec: LaunchSpec) -> bytes:
-    """The bytes of ``spec``: length-prefixed fields in declaration order."""
+    """The bytes of ``spec``: its lasting part, then what is this launch's own.
+
+    The lasting part is all that a template is built from, and holds no secret. In the other,
+    arguments and environment stand as execve(2) wants them, so that a template can point to them
+    where they lie instead of copying them.
+    """
     out = _Writer()
+    out.blob(lasting_part(spec))
     out.text(spec.id)
     out.number(len(spec.argv))
     for argument in spec.argv:
-        out.blob(argument)
+        out.string(argument)
     out.number(len(spec.env))
     for name, value in spec.env:
-        out.blob(name)
-        out.blob(value)
+        out.number(len(name))
+        out.string(name + b"=" + value)
+    out.number(len(spec.files))
+    for file in spec.files:
+        out.blob(file.content)
+    return bytes(out.data)
+
+
+def lasting_part(spec: LaunchSpec) -> bytes:
+    """The encoded fields that two launches from one template have in common."""
+    out = _Writer()
     out.number(spec.uid)
-    for text in (spec.cwd, spec.network, spec.hostname, spec.user):
+    for text in (spec.cwd, spec.network, spec.hostname, spec.user, spec.template):
         out.text(text)
     out.number(spec.tty)
     out.number(len(spec.mounts))
@@ -268,7 +303,6 @@ def encode_spec(spec: LaunchSpec) -> bytes:
     out.number(len(spec.files))
     for file in spec.files:
         out.text(file.path)
-        out.blob(file.content)
         out.number(file.mode)
     out.number(len(spec.extra_fds))
     for fd in spec.extra_fds:
@@ -284,28 +318,79 @@ def encode_spec(spec: LaunchSpec) -> bytes:
 
 
 def decode_spec(data: bytes) -> LaunchSpec:
-    """The spec in ``data``; ValueError when it is cut short or has bytes left over."""
+    """The spec in ``data``; ValueError unless it is exactly one."""
+    lasting = decode_lasting(data[slice(*lasting_span(data))])
+    own = locate(data)
+    pairs = ((data[a : b - 1], c) for a, b, c in own.env)
+    contents = (data[slice(*span)] for span in own.files)
+    if len(own.files) != len(lasting.files):
+        raise ValueError("a launch spec has one content for each of its files")
+    return replace(
+        lasting,
+        id=os.fsdecode(data[slice(*own.id)]),
+        argv=tuple(data[slice(*span)] for span in own.argv),
+        env=tuple((name, data[slice(*span)]) for name, span in pairs),
+        files=tuple(
+            FileSpec(file.path, content, file.mode)
+            for file, content in zip(lasting.files, contents, strict=True)
+        ),
+    )
+
+
+def decode_lasting(data: bytes) -> LaunchSpec:
+    """A spec of the lasting fields alone; its files are empty, the rest is blank."""
     read = _Reader(data)
     spec = LaunchSpec(
-        id=read.text(),
-        argv=tuple(read.blob() for _ in range(read.number())),
-        env=tuple((read.blob(), read.blob()) for _ in range(read.number())),
+        id="",
+        argv=(),
+        env=(),
         uid=read.number(),
         cwd=read.text(),
         network=read.text(),
         hostname=read.text(),
         user=read.text(),
+        template=read.text(),
         tty=bool(read.number()),
         mounts=tuple(_get_mount(read) for _ in range(read.number())),
-        files=tuple(
-            FileSpec(read.text(), read.blob(), read.number()) for _ in range(read.number())
-        ),
+        files=tuple(FileSpec(read.text(), b"", read.number()) for _ in range(read.number())),
         extra_fds=tuple(read.number() for _ in range(read.number())),
         limits=Limits(**{name: read.number() for name in _LIMIT_FIELDS}),
         overlay=OverlaySpec(read.text(), read.text(), read.number()) if read.number() else None,
     )
     read.end()
     return spec
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the parts of a launch's own lie in its encoded spec: (start, end), NULs left out.
+
+    Of a variable: where its name starts, where its value starts, and (start, end) of the value.
+    """
+
+    id: Span
+    argv: tuple[Span, ...]
+    env: tuple[tuple[int, int, Span], ...]
+    files: tuple[Span, ...]
+
+
+def lasting_span(data: bytes | memoryview) -> Span:
+    """Where the lasting part lies in an encoded spec."""
+    return _Reader(data).span()
+
+
+def locate(data: bytes | memoryview) -> Located:
+    """Find a launch's own part in an encoded spec, copying nothing. ValueError if damaged."""
+    read = _Reader(data)
+    read.span()
+    where = Located(
+        id=read.span(),
+        argv=tuple(read.string() for _ in range(read.number())),
+        env=tuple(read.variable() for _ in range(read.number())),
+        files=tuple(read.span() for _ in range(read.number())),
+    )
+    read.end()
+    return where
 
 
 def sealed_memfd(data: bytes) -> int:
@@ -351,37 +436,57 @@ class _Writer:
         self.data = bytearray()
 
     def number(self, value: int) -> None:
-        self.data += struct.pack("!Q", value)
+        self.data += _NUMBER.pack(value)
 
     def blob(self, value: bytes) -> None:
-        self.number(len(value))
+        self.data += _NUMBER.pack(len(value))
         self.data += value
+
+    def string(self, value: bytes) -> None:
+        self.blob(value)
+        self.data += b"\0"
 
     def text(self, value: str) -> None:
         self.blob(os.fsencode(value))
 
 
 class _Reader:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | memoryview) -> None:
         self.data, self.at = data, 0
 
     def number(self) -> int:
-        value: int = struct.unpack("!Q", self._take(8))[0]
+        start, _ = self._skip(8)
+        value: int = _NUMBER.unpack_from(self.data, start)[0]
         return value
 
-    def blob(self) -> bytes:
-        return self._take(self.number())
+    def span(self) -> Span:
+        return self._skip(self.number())
+
+    def string(self) -> Span:
+        span = self.span()
+        start, end = self._skip(1)
+        if self.data[start:end] != b"\0":
+            raise ValueError("a string of the launch spec has no end")
+        return span
+
+    def variable(self) -> tuple[int, int, Span]:
+        size = self.number()
+        start, end = self.string()
+        value = start + size + 1
+        if value > end or self.data[value - 1 : value] != b"=":
+            raise ValueError("a variable of the launch spec has no name")
+        return start, value, (value, end)
 
     def text(self) -> str:
-        return os.fsdecode(self.blob())
+        return os.fsdecode(bytes(self.data[slice(*self.span())]))
 
     def end(self) -> None:
         if self.at != len(self.data):
             raise ValueError("bytes left over after the launch spec")
 
-    def _take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
+    def _skip(self, count: int) -> Span:
+        start, end = self.at, self.at + count
+        if end > len(self.data):
             raise ValueError("the launch spec is cut short")
-        chunk = self.data[self.at : self.at + count]
-        self.at += count
-        return chunk
+        self.at = end
+        return start, end

@@ -2,7 +2,7 @@
 
 from sandboxd.policy.arguments import check_arguments, parse_arguments
 from sandboxd.policy.decide import Decision, SessionTerms, decide, session_terms
-from sandboxd.policy.loader import load_config, load_settings
+from sandboxd.policy.loader import lint_tools, load_config, load_settings
 from sandboxd.policy.model import (
     Agent,
     Annotations,
@@ -45,6 +45,7 @@ __all__ = [
     "check_arguments",
     "check_program",
     "decide",
+    "lint_tools",
     "load_config",
     "load_settings",
     "parse_arguments",

@@ -31,10 +31,20 @@ from sandboxd.policy.model import (
     SecretSpec,
     Tool,
     Verdict,
+    place,
 )
 from sandboxd.policy.template import Refused, fill, value_text
 
-__all__ = ["Decision", "SessionTerms", "decide", "session_terms"]
+__all__ = [
+    "Decision",
+    "SessionTerms",
+    "decide",
+    "launch_terms",
+    "lower_access",
+    "matches_glob",
+    "over_ceiling",
+    "session_terms",
+]
 
 #: Seconds that a call waits for an operator where no policy says how long.
 DEFAULT_APPROVAL_TIMEOUT = 300.0
@@ -92,6 +102,25 @@ def decide(config: Config, agent: Agent, tool_name: Any, arguments: Any) -> Deci
         return Decision("deny", "decide", "the call could not be judged")
 
 
+def launch_terms(config: Config, agent: Agent, tool: Tool) -> Decision:
+    """How ``tool`` would run for ``agent`` whatever its arguments: the policy's ceilings alone.
+
+    For what is started before there is a call, such as an MCP server.
+    """
+    policy = config.policies.get(agent.policy)
+    if policy is None:
+        return Decision("deny", f"{agent.source} policy", "this agent's policy does not exist")
+    at, refused = over_ceiling(policy, agent, tool)
+    if refused:
+        return Decision("deny", at, refused, tool=tool)
+    try:
+        argv = fill(tool.argv, {})
+    except Refused as problem:
+        return Decision("deny", f"{tool.source} argv", str(problem), tool=tool)
+    rule = Rule("allow", (), source=tool.source)
+    return _runnable(policy, agent, tool, rule, argv, None)
+
+
 def session_terms(config: Config, agent: Agent) -> SessionTerms:
     """The agent's limits, network and workspace, narrowed by its policy."""
     policy = config.policies[agent.policy]
@@ -137,34 +166,32 @@ def _decide(config: Config, agent: Agent, tool_name: Any, arguments: Any) -> Dec
     if tool is None or tool.name not in agent.tools:
         name = shown(tool_name) if isinstance(tool_name, str) else "of that name"
         # One answer for "doesn't exist" and "isn't yours": an agent can't list what others have.
-        return Decision("deny", f"{agent.source} tools", f"this agent has no tool {name}")
+        return Decision("deny", place(agent, "tools"), f"this agent has no tool {name}")
     policy = config.policies.get(agent.policy)
     if policy is None:
-        return Decision("deny", f"{agent.source} policy", "this agent's policy does not exist")
+        return Decision("deny", place(agent, "policy"), "this agent's policy does not exist")
     try:
         given = check_arguments(tool, arguments)
     except Invalid as refused:
-        return Decision(
-            "deny", f"{tool.source} input", refused.message, hint=refused.hint, tool=tool
-        )
+        return Decision("deny", place(tool, "input"), refused.message, hint=refused.hint, tool=tool)
     rule = next((r for r in policy.rules if _matches(r, agent, tool, given)), None)
     if rule is None:
         return Decision(
             "deny",
-            f"{policy.source} no rule",
+            f"{place(policy, 'rules')}: none matches",
             f"policy {policy.name} has no rule that allows it",
             tool=tool,
         )
     if rule.verdict == "deny":
         reason = rule.reason or f"policy {policy.name} denies it"
         return Decision("deny", rule.title, reason, tool=tool)
-    refusal = _over_ceiling(policy, agent, tool)
+    ceiling, refusal = over_ceiling(policy, agent, tool)
     if refusal:
-        return Decision("deny", f"{policy.source} ceiling", refusal, tool=tool)
+        return Decision("deny", ceiling, refusal, tool=tool)
     try:
         argv, stdin = fill(tool.argv, given), _stdin(tool, given)
     except Refused as refused_value:
-        return Decision("deny", f"{tool.source} argv", str(refused_value), tool=tool)
+        return Decision("deny", place(tool, "argv"), str(refused_value), tool=tool)
     return _runnable(policy, agent, tool, rule, argv, stdin)
 
 
@@ -184,7 +211,7 @@ def _runnable(
     if verdict == "ask":
         reason = rule.reason or f"policy {policy.name} wants an operator's approval"
     elif tool.approval == "ask" and not rule.approved:
-        verdict, reason = "ask", f"{tool.source} wants an operator's approval"
+        verdict, reason = "ask", f"{place(tool, 'approval')}: it wants an operator's approval"
     return Decision(
         verdict,
         rule.title,
@@ -203,15 +230,19 @@ def _runnable(
     )
 
 
-def _over_ceiling(policy: Policy, agent: Agent, tool: Tool) -> str:
+def over_ceiling(policy: Policy, agent: Agent, tool: Tool) -> tuple[str, str]:
+    """Which line keeps the tool from what it needs, and why; twice "" when nothing does."""
     if tool.network == "host" and policy.network != "host":
-        return f"{tool.name} needs network: host, and policy {policy.name} allows none"
+        reason = f"{tool.name} needs network: host, and policy {policy.name} allows none"
+        return place(policy, "network"), reason
     if tool.workspace != "none":
         if policy.workspace == "none":
-            return f"{tool.name} needs the workspace, and policy {policy.name} allows none"
+            reason = f"{tool.name} needs the workspace, and policy {policy.name} allows none"
+            return place(policy, "workspace"), reason
         if agent.workspace.mode == "none":
-            return f"{tool.name} needs the workspace, and this agent has none"
-    return ""
+            reason = f"{tool.name} needs the workspace, and this agent has none"
+            return place(agent, "workspace"), reason
+    return "", ""
 
 
 def _stdin(tool: Tool, arguments: Mapping[str, Any]) -> bytes | None:

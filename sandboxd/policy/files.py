@@ -87,14 +87,14 @@ class Trust:
             self._directories[directory] = refusal
         return self._directories[directory]
 
-    def tree_refusal(self, directory: Path) -> str:
+    def tree_refusal(self, directory: Path, most: int = MAX_TOOL_FILES) -> str:
         """Why something below ``directory`` can't be trusted; "" when all can."""
         seen = 0
         for folder, folders, files in os.walk(directory):
             for name in (*folders, *files):
                 seen += 1
-                if seen > MAX_TOOL_FILES:
-                    return f"{directory} holds more than {MAX_TOOL_FILES:,} files"
+                if seen > most:
+                    return f"{directory} holds more than {most:,} files"
                 path = f"{folder}/{name}"
                 try:
                     refusal = self.judge(path, os.lstat(path))

@@ -1,6 +1,7 @@
 """What the configuration files say, as frozen classes. cattrs builds them from YAML.
 
-A field whose metadata has ``loaded`` is not a key of the file: the loader fills it in. A field
+A field whose metadata has ``loaded`` is not a key of the file: the loader fills it in. ``places``
+says where each key stands, as ``FILE:LINE``. A field
 with ``key`` has another name in the file. Limits are in bytes and seconds; None means that the
 file doesn't say.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 
@@ -32,6 +33,9 @@ from sandboxd.policy.values import (
     VariableName,
     WebAddress,
 )
+
+if TYPE_CHECKING:
+    from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
     "Agent",
@@ -124,6 +128,11 @@ def least(a: Bound | None, b: Bound | None) -> Bound | None:
     if a is None or b is None:
         return b if a is None else a
     return min(a, b)
+
+
+def place(stated: Agent | Tool | Policy, key: str) -> str:
+    """Where ``key`` stands, as ``FILE:LINE key``; only the file where it isn't stated."""
+    return f"{stated.places.get(key, stated.source)} {key}"
 
 
 #: What a tool call gets where its manifest says nothing.
@@ -252,6 +261,7 @@ class Agent:
     limits: Limits = Limits()
     slug: str = _loaded("")
     source: str = _loaded("")
+    places: Mapping[str, str] = _loaded(MappingProxyType({}), eq=False, repr=False)
 
 
 @attrs.frozen
@@ -315,7 +325,7 @@ class Tool:
     description: Line
     program: ProgramPath
     input_schema: Mapping[str, Any] = attrs.field(metadata={"key": "input"})
-    runtime: Literal["none", "python"] = "none"
+    runtime: Literal["none", "python", "node"] = "none"
     argv: Template = Template()
     stdin: Stdin = Stdin()
     environment: Mapping[str, str] = attrs.field(factory=_empty)
@@ -339,6 +349,7 @@ class Tool:
     digest: str = _loaded("")
     source: str = _loaded("")
     shipped: bool = _loaded(False)
+    places: Mapping[str, str] = _loaded(MappingProxyType({}), eq=False, repr=False)
     validator: Any = _loaded(None, eq=False, repr=False)
     output_validator: Any = _loaded(None, eq=False, repr=False)
 
@@ -389,6 +400,7 @@ class Policy:
     require: tuple[Feature, ...] = ()
     source: str = _loaded("")
     shipped: bool = _loaded(False)
+    places: Mapping[str, str] = _loaded(MappingProxyType({}), eq=False, repr=False)
 
     @property
     def lowered(self) -> tuple[str, ...]:
@@ -406,3 +418,4 @@ class Config:
     policies: Mapping[str, Policy]
     generation: str
     warnings: tuple[str, ...] = ()
+    servers: Mapping[str, McpServer] = attrs.field(factory=_empty)

@@ -151,6 +151,7 @@ def _resolve(
         require=tuple(dict.fromkeys((*base.require, *file.require))),
         source=written.label,
         shipped=written.shipped,
+        places=MappingProxyType({**base.places, **document.places(written.label)}),
     )
     if parent:
         _check_narrower(merged, parent, document, report)

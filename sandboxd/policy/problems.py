@@ -41,7 +41,12 @@ class Problems:
     """Collects problems and warnings while loading goes on."""
 
     errors: list[ConfigError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warned: list[ConfigError] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What works but an operator should know, each with its place."""
+        return [warning.message for warning in self.warned]
 
     def add(self, file: str, at: Position | None, message: str, hint: str = "") -> None:
         """Note one problem; ``at`` is None where the whole file is the problem."""
@@ -52,8 +57,8 @@ class Problems:
 
     def warn(self, file: str, at: Position | None, message: str) -> None:
         """Note something that works but that an operator should know."""
-        where = f"{file}:{at.line}:{at.column}" if at else file
-        self.warnings.append(f"{where}: {message}")
+        where = at or Position(0, 0)
+        self.warned.append(ConfigError(message, file=file, line=where.line, column=where.column))
 
     def check(self) -> None:
         """Raise :class:`ConfigErrors` if there is any problem."""

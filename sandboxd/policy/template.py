@@ -45,6 +45,10 @@ class Element:
     before: str
     name: str = ""
 
+    def written(self) -> str:
+        before = self.before.replace("{", "{{").replace("}", "}}")
+        return f"{before}{{{self.name}}}" if self.name else before
+
 
 @attrs.frozen
 class Group:
@@ -70,6 +74,21 @@ class Template:
         used = {element.name for group in self.groups for element in group.elements}
         used |= {group.condition for group in self.groups}
         return frozenset(used - {""})
+
+    def written(self) -> list[Any]:
+        """As a manifest would have it."""
+        out: list[Any] = []
+        for group in self.groups:
+            words = [element.written() for element in group.elements]
+            if group.condition:
+                out.append({"if": group.condition, "argv": words})
+            elif group.operand and out and isinstance(out[-1], dict) and "operands" in out[-1]:
+                out[-1]["operands"] += words
+            elif group.operand:
+                out.append({"operands": words})
+            else:
+                out.append(words if len(words) > 1 else words[0])
+        return out
 
 
 def compile_template(value: Any) -> Template:

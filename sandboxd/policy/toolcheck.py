@@ -15,7 +15,7 @@ from sandboxd import names
 from sandboxd.errors import Denied, Invalid
 from sandboxd.policy.arguments import check_schema
 from sandboxd.policy.files import Trust, sha256_of
-from sandboxd.policy.model import Mount, SecretSpec, Tool
+from sandboxd.policy.model import Mount, SecretSpec, Tool, place
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.values import ProgramPath, Wrong, nearest
 from sandboxd.policy.yamlpos import Document
@@ -76,6 +76,7 @@ def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Proble
     program, digest = _program(tool, document, trust, problems)
     if len(problems.errors) > before:
         return None
+    _warn_of_unused(tool, document, problems)
     if tool.input_schema.get("additionalProperties") is not False and not tool.shipped:
         problems.warn(
             document.file,
@@ -100,12 +101,12 @@ def check_program(tool: Tool) -> None:
     except OSError as error:
         raise Denied(
             f"the program of {tool.name} can't be read: {os.strerror(error.errno or 0)}",
-            rule=f"{tool.source} program",
+            rule=place(tool, "program"),
         ) from None
     if not same:
         raise Denied(
             f"the program of {tool.name} changed after the configuration was loaded",
-            rule=f"{tool.source} program",
+            rule=place(tool, "program"),
             hint="look at what changed it, then: sandboxctl reload",
         )
 
@@ -254,6 +255,21 @@ def _check_arguments_used(tool: Tool, document: Document, problems: Problems) ->
             f"stdin uses {names.shown(tool.stdin.argument)}, which input has no property for",
             nearest(tool.stdin.argument, properties),
         )
+
+
+def _warn_of_unused(tool: Tool, document: Document, problems: Problems) -> None:
+    """An argument that reaches the program on no way can only be a mistake."""
+    properties = tool.input_schema.get("properties")
+    if tool.stdin.kind == "json" or tool.shipped or not isinstance(properties, dict):
+        return
+    for name in properties:
+        if name not in tool.argv.names and name != tool.stdin.argument:
+            problems.warn(
+                document.file,
+                document.key_at(("input", "properties", name)),
+                f"the argument {names.shown(name)} is in neither argv nor stdin: "
+                "the program never sees it",
+            )
 
 
 def _check_secrets(tool: Tool, document: Document, problems: Problems) -> None:

@@ -65,6 +65,12 @@ class Document:
         """Where the key of ``path`` stands."""
         return self.keys.get(path) or self.at(path)
 
+    def places(self, label: str) -> dict[str, str]:
+        """Where each key of the outermost mapping stands: ``LABEL:LINE``."""
+        return {
+            str(path[0]): f"{label}:{at.line}" for path, at in self.keys.items() if len(path) == 1
+        }
+
 
 def parse(data: bytes, file: str) -> Document:
     """The single document in ``data``. Raises ConfigError with the place of the first problem."""

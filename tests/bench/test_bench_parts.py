@@ -61,12 +61,28 @@ def test_stages_account_for_a_whole_call(
     assert main(["stages", "--runs", "3", "--json", str(file)]) == 0
     told = json.loads(file.read_text())
     assert told["missing"] == [], "the broker's functions have moved: see bench/traced.py, HOOKS"
-    assert told["calls"] == 3
+    assert told["calls"] == told["starts"] == 3
+    starting = {line["stage"] for line in told["start_stages"]}
+    assert {"snapshot", "record session.started", "keep its record", "launch"} <= starting
     found = {line["stage"] for line in told["stages"]}
+    short = stages.shortened(told["stages"])
+    assert sum(line["share"] for line in short) == pytest.approx(1)
+    assert short[-1]["stage"] == "all others"
     assert {"parse", "decide", "record call.decided", "fdatasync", "unseal", "launch", "run",
             "redact", "record call.ended", "encode", "write"} <= found  # fmt: skip
     assert sum(line["share"] for line in told["stages"]) == pytest.approx(1)
     assert "socket, and the caller" in capsys.readouterr().out
+
+
+def test_a_profile_shares_out_the_cpu_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "profile.json"
+    assert main(["stages", "--profile", "--runs", "3", "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert {"trio", "mcp", "sandboxd.broker"} <= {line["name"] for line in told["packages"]}
+    assert told["functions"][0]["cpu"] > 0
+    assert "times a call" in capsys.readouterr().out
 
 
 def test_every_moment_belongs_to_one_stage() -> None:
@@ -131,3 +147,6 @@ def test_the_whole_bench_with_every_peer(tmp_path: Path) -> None:
     assert written.endswith("after\n")
     assert written.count("<!-- end of results -->") == 2
     assert f"{launch['variants'][1]['median_ms']:.2f}" in written
+    document.write_text(written.replace("before", "again"))
+    assert main(["--from", str(file), "--write", str(document)]) == 0
+    assert document.read_text() == written.replace("before", "again")

@@ -594,10 +594,12 @@ async def test_no_descriptor_stays_open(broker: Broker) -> None:
     broker.tool("ok", "true", secrets=secret("TOKEN", "fd"), stdin="json")
     broker.tool("bad", program="program.sh", argv=[], beside={"program.sh": "#!/nonexistent\n"})
     await broker.call("ok")
+    await broker.calls.end_session(broker.session().id)  # what is kept ready has a socket each
     before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(3):
         await broker.call("ok")
         await broker.call("bad")
         with trio.move_on_after(0.001):
             await broker.call("ok")
+    await broker.calls.end_session(broker.session().id)
     assert sorted(os.listdir("/proc/self/fd")) == before

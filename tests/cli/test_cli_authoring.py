@@ -163,7 +163,7 @@ def test_an_operator_calls_a_tool_in_an_agent_s_place(daemon: Ctl) -> None:
 def test_an_operator_s_call_is_decided_like_any_other(daemon: Ctl) -> None:
     got = daemon("tools", "run", "git", "--agent", "sh", status=4)
     assert "this agent has no tool 'git'" in got.stderr
-    assert "rule: agents/sh.yaml tools" in got.stderr
+    assert "rule: agents/sh.yaml:5 tools" in got.stderr
     assert "one of --agent and --session" in daemon("tools", "run", "shell", status=2).stderr
     assert (
         "JSON object"

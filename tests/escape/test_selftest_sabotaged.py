@@ -39,7 +39,7 @@ kernel.drop_capabilities = kernel.no_new_privileges = lambda: None
 def proc(self, masks):
     import os
     tree = kernel.clone_tree(kernel.AT_FDCWD, "/proc", recursive=True)
-    self._place_own("proc", tree, close=False)
+    self.place_own("proc", tree, close=False)
     return os.open("sys", os.O_RDONLY | os.O_DIRECTORY, dir_fd=tree)
 root.Root._proc = proc
 """
@@ -120,3 +120,23 @@ def test_a_canary_in_the_agents_environment_is_found_and_blind_searches_fail_the
         assert rows[name, "tool"]["state"] == "control failed", rows[name, "tool"]
         assert rows[name, "tool"]["got"] == "nothing"
     assert rows["inherited descriptors", "agent"]["ok"] is True
+
+
+def test_a_sandbox_that_is_not_cleared_for_the_next_call_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sabotage = "from sandboxd.isolation import lasting; lasting.Traces.clear = lambda self: True"
+    command = [sys.executable, "-c", DAEMON.format(sabotage=sabotage)]
+    monkeypatch.setattr(trial_stage, "daemon_program", lambda: command)
+    status, rows = run(capsys, "the call before")
+    assert status == 1
+    through = {name for (name, _), row in rows.items() if row["state"] == "got through"}
+    assert through >= {
+        "call before: its files in /tmp",
+        "call before: its files in HOME",
+        "call before: its files in /dev/shm",
+        "call before: its System V segment",
+        "call before: its System V queue",
+        "call before: its System V semaphores",
+    }
+    assert rows["call before: its process", "tool"]["state"] == "ok"

@@ -15,9 +15,16 @@ from isolation_support import PRELUDE, PYTHON, Box
 from sandboxd.isolation.client import Launcher
 
 
+@pytest.fixture(params=["", "session"], ids=["made", "template"])
+def template(request: pytest.FixtureRequest) -> str:
+    """The group of templates to launch from; empty: each sandbox is made for its launch."""
+    group: str = request.param
+    return group
+
+
 @pytest.fixture
-async def box(launcher: Launcher) -> Box:
-    return Box(launcher)
+async def box(launcher: Launcher, template: str) -> Box:
+    return Box(launcher, template)
 
 
 @pytest.fixture

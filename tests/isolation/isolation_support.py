@@ -69,8 +69,16 @@ def status(pid: int, field: str) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """The live and dead children of a process."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The live and dead children of a process, whichever of its threads started them."""
+    lists = [thread / "children" for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(word) for listed in lists for word in _read_if_there(listed).split()]
+
+
+def _read_if_there(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):  # a thread that has ended
+        return ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,8 @@ class Result:
 class Running:
     """A started program with its output read as it comes."""
 
-    def __init__(self, process: Process, out: int, err: int) -> None:
-        self.process = process
+    def __init__(self, process: Process, out: int, err: int, stdin: int = -1) -> None:
+        self.process, self._stdin = process, stdin
         self._out, self._err = trio.lowlevel.FdStream(out), trio.lowlevel.FdStream(err)
 
     async def ready(self, word: bytes = b"ready\n") -> bytes:
@@ -95,6 +103,11 @@ class Running:
             assert chunk, f"ended before it was ready: {seen!r} {await self._rest(self._err)!r}"
             seen += chunk
         return seen
+
+    async def finish(self) -> Result:
+        """Let the program that waits on its standard input go on, to its end."""
+        os.write(self._stdin, b"\n")
+        return await self.end()
 
     async def end(self) -> Result:
         """Wait for the end; the output that is left, up to the closing of both pipes."""
@@ -108,6 +121,8 @@ class Running:
     async def aclose(self) -> None:
         await self._out.aclose()
         await self._err.aclose()
+        if self._stdin >= 0:
+            os.close(self._stdin)
 
 
 @asynccontextmanager
@@ -133,12 +148,13 @@ launcher.main()
 
 
 class Box:
-    """Runs programs in sandboxes of one launcher."""
+    """Runs programs in sandboxes of one launcher: made for each, or those of ``template``."""
 
     _uids = itertools.count(1_900_000_100)
 
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
+    def __init__(self, launcher: Launcher, template: str = "") -> None:
+        self.launcher, self.template = launcher, template
+        self._free: list[int] = []
 
     @property
     def user(self) -> int:
@@ -150,6 +166,7 @@ class Box:
 
     def spec(self, argv: Sequence[str | bytes], env: Iterable[str] = (), **more: Any) -> LaunchSpec:
         more.setdefault("uid", self.uid())
+        more.setdefault("template", self.template)
         pairs = [os.fsencode(item).split(b"=", 1) for item in env]
         return LaunchSpec(
             id="test",
@@ -160,10 +177,19 @@ class Box:
 
     @asynccontextmanager
     async def start(
-        self, *argv: str | bytes, extra: Sequence[int] = (), **more: Any
+        self, *argv: str | bytes, extra: Sequence[int] = (), stdin: bool = False, **more: Any
     ) -> AsyncIterator[Running]:
-        """Start a program; killed at the end of the block if it still runs."""
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        """Start a program; killed at the end of the block if it still runs.
+
+        It reads an empty standard input, or one that :meth:`Running.finish` writes to.
+        """
+        # As the daemon does, so that one template serves one launch after another.
+        reused = self._free.pop() if self.template and self._free else self.uid()
+        uid = more.setdefault("uid", reused)
+        null, writer = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), -1
+        if stdin:
+            os.close(null)
+            null, writer = os.pipe2(os.O_CLOEXEC)
         out, out_end = os.pipe2(os.O_CLOEXEC)
         err, err_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -173,11 +199,12 @@ class Box:
         except BaseException:
             os.close(out)
             os.close(err)
+            self._free.append(uid)
             raise
         finally:
             for fd in (null, out_end, err_end):
                 os.close(fd)
-        running = Running(process, out, err)
+        running = Running(process, out, err, writer)
         try:
             yield running
         finally:
@@ -186,6 +213,7 @@ class Box:
                     await process.kill()
                     await process.wait()
                 await running.aclose()
+            self._free.append(uid)
 
     async def run(self, *argv: str | bytes, **more: Any) -> Result:
         async with self.start(*argv, **more) as running:
@@ -194,6 +222,13 @@ class Box:
     async def sh(self, script: str, **more: Any) -> Result:
         more.setdefault("env", ["PATH=/usr/bin:/bin:/usr/sbin:/sbin"])
         return await self.run("/bin/sh", "-c", script, **more)
+
+    async def settle(self) -> None:
+        """End what is kept ready, until the launcher has no child left."""
+        await self.launcher.retire(self.template)
+        with trio.fail_after(10):
+            while children(self.launcher.pid):  # noqa: ASYNC110
+                await trio.sleep(0.01)
 
     def python(self, code: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
         """The program that runs probe ``code``, and the spec's other fields."""

@@ -124,7 +124,7 @@ def by_group_alone(box: Box, monkeypatch: pytest.MonkeyPatch, **operands: int) -
     send = box.launcher.send
 
     async def sending(frame: Frame, *fds: int) -> None:
-        if frame.kind is Kind.LAUNCH:
+        if frame.kind in (Kind.LAUNCH, Kind.TEMPLATE):
             frame = replace(frame, **operands)
         await send(frame, *fds)
 
@@ -240,9 +240,11 @@ except OSError as failure:
     end = errno.errorcode[failure.errno]
 tell(end=end, count=len(children), limit=resource.getrlimit(resource.RLIMIT_NPROC)[0])"""
     free = (await grouped.probe(probe))["limit"]
+    await grouped.settle()  # what is kept ready has the limits that it was made with
     with by_group_alone(grouped, monkeypatch, c=20):
         seen = await grouped.probe(probe)
     assert seen == {"end": "EAGAIN", "count": 18, "limit": free}  # the init and the program count
+    await grouped.settle()
     with by_group_alone(grouped, monkeypatch, c=100):
         assert (await grouped.probe(probe)) == {"end": "none", "count": 60, "limit": free}
 
@@ -373,6 +375,7 @@ async def test_no_cgroup_is_left_after_200_launches(grouped: Box) -> None:
         async with trio.open_nursery() as nursery:
             for part in range(4):
                 nursery.start_soon(some, range(part * 50, part * 50 + 50))
+        await grouped.launcher.retire(grouped.template)
         with trio.fail_after(10):
             while count() > most:  # noqa: ASYNC110 - a directory has no event
                 await trio.sleep(0.01)

@@ -30,11 +30,16 @@ def namespaces(box: Box) -> tuple[str, ...]:
 
 
 async def test_the_environment_is_what_was_listed_and_nothing_else(
-    launcher_mode: str, start_launcher: StartLauncher, monkeypatch: pytest.MonkeyPatch
+    launcher_mode: str,
+    start_launcher: StartLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
 ) -> None:
     monkeypatch.setenv("SANDBOXD_PLANTED", "by the launcher's parent")
     async with open_launcher(start_launcher(launcher_mode)) as launcher:
-        result = await Box(launcher).run("/usr/bin/env", env=["A=1", "EMPTY=", "LINES=x\ny"])
+        result = await Box(launcher, template).run(
+            "/usr/bin/env", env=["A=1", "EMPTY=", "LINES=x\ny"]
+        )
     assert result.out == b"A=1\nEMPTY=\nLINES=x\ny\n"
 
 
@@ -69,7 +74,7 @@ async def test_a_program_is_an_ordinary_user_without_capabilities(
 
 @needs_root
 async def test_the_launchers_supplementary_groups_are_left_behind(
-    start_launcher: StartLauncher, outside: Outside
+    start_launcher: StartLauncher, outside: Outside, template: str
 ) -> None:
     probe = "tell(groups=status('Groups'))"
     own = os.getgroups()
@@ -80,7 +85,7 @@ async def test_the_launchers_supplementary_groups_are_left_behind(
     finally:
         os.setgroups(own)
     async with open_launcher(sock) as launcher:
-        assert await Box(launcher).probe(probe) == {"groups": []}
+        assert await Box(launcher, template).probe(probe) == {"groups": []}
 
 
 async def test_the_host_sees_the_uid_that_the_launch_named(box: Box) -> None:
@@ -329,7 +334,7 @@ async def test_a_setuid_program_gives_nothing(box: Box, outside: Outside, worksp
 
 
 async def test_keys_of_the_launchers_parent_are_not_inherited(
-    launcher_mode: str, start_launcher: StartLauncher, outside: Outside
+    launcher_mode: str, start_launcher: StartLauncher, outside: Outside, template: str
 ) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     add, request = {"x86_64": (248, 249)}.get(os.uname().machine, (217, 218))
@@ -342,7 +347,7 @@ async def test_keys_of_the_launchers_parent_are_not_inherited(
         assert outside(probe) == {"found": "ok"}
         async with open_launcher(start_launcher(launcher_mode)) as launcher:
             denied = "EPERM" if launcher.seccomp else "ENOKEY"
-            assert await Box(launcher).probe(probe) == {"found": denied}
+            assert await Box(launcher, template).probe(probe) == {"found": denied}
         package = str(Path(kernel.__file__).parents[2])
         join = f"""
 sys.path.append({package!r})
@@ -356,7 +361,11 @@ kernel.join_new_keyring()
 
 
 async def test_a_program_holds_its_streams_and_declared_descriptors_only(
-    launcher_mode: str, start_launcher: StartLauncher, outside: Outside, tmp_path: Path
+    launcher_mode: str,
+    start_launcher: StartLauncher,
+    outside: Outside,
+    tmp_path: Path,
+    template: str,
 ) -> None:
     probe = "tell(fds=[int(n) for n in os.listdir('/proc/self/fd') if int(n) != 3])"
     leaked = os.open(tmp_path, os.O_RDONLY)
@@ -365,7 +374,7 @@ async def test_a_program_holds_its_streams_and_declared_descriptors_only(
         os.dup2(leaked, 200, inheritable=True)
         assert 200 in outside(probe, close_fds=False)["fds"]
         async with open_launcher(start_launcher(launcher_mode)) as launcher:
-            box = Box(launcher)
+            box = Box(launcher, template)
             assert (await box.probe(probe))["fds"] == [0, 1, 2]
             os.write(sink, b"declared")
             told = await box.probe(

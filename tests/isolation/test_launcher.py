@@ -77,11 +77,11 @@ async def test_its_death_fails_the_launches_on_their_way(box: Box) -> None:
 
 
 async def test_it_ends_with_the_brokers_end_of_the_socket(
-    launcher_mode: str, start_launcher: StartLauncher
+    launcher_mode: str, start_launcher: StartLauncher, template: str
 ) -> None:
     async with open_launcher(start_launcher(launcher_mode)) as launcher:
-        assert (await Box(launcher).run("/bin/true")).exit.code == 0
-        async with Box(launcher).start("/bin/sleep", "60") as running:
+        assert (await Box(launcher, template).run("/bin/true")).exit.code == 0
+        async with Box(launcher, template).start("/bin/sleep", "60") as running:
             pidfds = [os.pidfd_open(pid) for pid in (launcher.pid, running.process.pid)]
             assert not any(ended(pidfd) for pidfd in pidfds)
             launcher._sock.shutdown(socket.SHUT_RDWR)
@@ -93,11 +93,11 @@ async def test_it_ends_with_the_brokers_end_of_the_socket(
 
 
 async def test_leaving_waits_until_nothing_is_left(
-    launcher_mode: str, start_launcher: StartLauncher
+    launcher_mode: str, start_launcher: StartLauncher, template: str
 ) -> None:
     null = os.open("/dev/null", os.O_RDWR)
     async with open_launcher(start_launcher(launcher_mode)) as launcher:
-        spec = Box(launcher).spec(("/bin/sleep", "60"))
+        spec = Box(launcher, template).spec(("/bin/sleep", "60"))
         process = await launcher.launch(spec, stdin=null, stdout=null, stderr=null)
         pidfds = [os.pidfd_open(pid) for pid in (launcher.pid, process.pid)]
     assert all(ended(pidfd) for pidfd in pidfds)
@@ -175,12 +175,17 @@ print(*sys.modules)
     )
     modules = set(done.stdout.split())
     foreign = {m for m in modules if m.partition(".")[0] not in sys.stdlib_module_names}
-    parts = "cgroup cgroup_places clocks kernel landlock launcher overlay root sandbox seccomp"
-    ours = {f"sandboxd.isolation.{part}" for part in parts.split()}
+    ours = {f"sandboxd.isolation.{part}" for part in _PRIVILEGED}
     assert foreign - {"__main__"} == {
         "sandboxd", "sandboxd.errors", "sandboxd.isolation", "sandboxd.isolation.wire", *ours
     }  # fmt: skip
     assert not modules & {"asyncio", "http", "ssl", "subprocess", "threading", "sqlite3", "json"}
+
+
+_PRIVILEGED = (
+    "cgroup", "cgroup_places", "clocks", "kernel", "landlock", "lasting", "launcher", "meter",
+    "overlay", "root", "sandbox", "seccomp", "spawn", "template",
+)  # fmt: skip
 
 
 async def test_it_shows_no_host_path_and_has_no_environment(box: Box) -> None:
@@ -211,11 +216,14 @@ async def test_it_can_not_be_read_or_dumped(box: Box, outside: Outside) -> None:
 async def test_its_memory_keeps_no_secret_of_a_launch(box: Box) -> None:
     secret = secrets.token_hex(16)
     async with box.start(
-        "/bin/sleep",
-        "60",
+        "/bin/sh",
+        "-c",
+        "echo ready; read line",
+        stdin=True,
         env=[f"SECRET={secret}"],
         files=(FileSpec("/run/secrets/S", secret.encode() * 9),),
     ) as tool:
+        await tool.ready()
         program = children(tool.process.pid)[0]
         assert in_memory(program, secret.encode())  # the search finds what is there
         for pid in (tool.process.pid, box.launcher.pid):
@@ -238,6 +246,7 @@ async def test_hundreds_of_launches_leave_nothing_behind(box: Box) -> None:
 
     await launch()
     await fail()
+    await box.settle()
     before = Holdings(box.launcher.pid)
     for _ in range(190):
         await launch()
@@ -246,6 +255,7 @@ async def test_hundreds_of_launches_leave_nothing_behind(box: Box) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(50):
             nursery.start_soon(launch, ("/bin/sleep", "0.1"))
+    await box.settle()
     assert Holdings(box.launcher.pid) == before
 
 
@@ -377,9 +387,9 @@ def test_a_spec_that_can_not_be_read_fails_that_launch_only(raw: Raw) -> None:
     assert [raw.receive().kind, raw.receive().kind] == [Kind.STARTED, Kind.EXITED]
 
 
-async def test_the_client_refuses_what_nobody_can_mean(launcher: Launcher) -> None:
+async def test_the_client_refuses_what_nobody_can_mean(launcher: Launcher, template: str) -> None:
     null = os.open("/dev/null", os.O_RDWR)
-    box = Box(launcher)
+    box = Box(launcher, template)
     for wrong in (
         box.spec(("true",)),
         box.spec(("/bin/true",), extra_fds=(5,)),

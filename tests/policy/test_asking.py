@@ -70,7 +70,7 @@ def test_the_strictest_of_manifest_and_rule_counts_unless_a_rule_says_approved(
 def test_the_manifest_is_named_when_it_is_what_asks(config: Any, under: Any) -> None:
     config.tool("approval: ask\n")
     asked = under("rules: [{allow: echo, reason: fine with me}]")
-    assert asked.reason == "tools/echo/tool.yaml wants an operator's approval"
+    assert asked.reason == "tools/echo/tool.yaml:11 approval: it wants an operator's approval"
     assert asked.rule == "policies/mine.yaml:3 allow echo"
 
 

@@ -70,7 +70,7 @@ def test_a_tool_that_is_not_the_agents_is_denied_whether_or_not_it_exists(
 ) -> None:
     decision = call(config, {}, name)
     assert decision.verdict == "deny"
-    assert decision.rule == "agents/coder.yaml tools"
+    assert decision.rule == "agents/coder.yaml:4 tools"
     assert decision.reason.startswith("this agent has no tool ")
     assert decision.reason.isprintable()
     assert decision.tool is None
@@ -80,7 +80,7 @@ def test_a_tool_that_is_not_the_agents_is_denied_whether_or_not_it_exists(
 def test_arguments_against_the_manifest_are_denied(config: Any, arguments: Any) -> None:
     decision = call(config, arguments)
     assert decision.verdict == "deny"
-    assert decision.rule == "tools/echo/tool.yaml input"
+    assert decision.rule == "tools/echo/tool.yaml:6 input"
     assert not decision.argv
     assert not decision.inject
 
@@ -88,13 +88,13 @@ def test_arguments_against_the_manifest_are_denied(config: Any, arguments: Any) 
 def test_a_value_that_looks_like_an_option_is_denied(config: Any) -> None:
     decision = call(config, {"text": "--output=/etc/passwd"})
     assert decision.verdict == "deny"
-    assert decision.rule == "tools/echo/tool.yaml argv"
+    assert decision.rule == "tools/echo/tool.yaml:5 argv"
     assert "passwd" not in decision.reason
 
 
 def test_no_rule_is_a_denial(rules: Any) -> None:
     decision = rules("rules: []", {})
-    assert (decision.verdict, decision.rule) == ("deny", "policies/mine.yaml no rule")
+    assert (decision.verdict, decision.rule) == ("deny", "policies/mine.yaml:3 rules: none matches")
     decision = rules("rules: [{allow: shell}]", {})
     assert decision.verdict == "deny"
 
@@ -203,7 +203,7 @@ def test_network_host_needs_the_tool_and_the_policy(config: Any) -> None:
     config.agent("policy: strict\n")
     decision = call(config, {})
     assert decision.verdict == "deny"
-    assert decision.rule == "policies/strict.yaml ceiling"
+    assert decision.rule == "policies/strict.yaml:4 network"
     assert decision.reason == "echo needs network: host, and policy strict allows none"
     config.policy("mine", "rules: [{allow: echo}]")
     config.agent("policy: mine\n")

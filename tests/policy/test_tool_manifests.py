@@ -73,7 +73,10 @@ def test_a_full_manifest_is_read(config: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ("runtime: node\n", "11:10: runtime: expected none or python, found the text 'node'"),
+        (
+            "runtime: ruby\n",
+            "11:10: runtime: expected none or python or node, found the text 'ruby'",
+        ),
         ("stdin: text\n", "11:8: stdin: expected none, json or {text: ARGUMENT}"),
         ("stdin: {text: body}\n", "11:15: stdin uses 'body', which input has no property for"),
         ("stdin: {txt: text}\n", "11:8: stdin: expected none, json or {text: ARGUMENT}"),
@@ -291,7 +294,7 @@ def test_a_program_that_changed_after_loading_is_not_run(config: Any) -> None:
     config.program("tools/echo/run", "#!/bin/sh\nexfiltrate\n")
     with pytest.raises(Denied, match="changed after the configuration was loaded") as caught:
         check_program(tool)
-    assert caught.value.rule == "tools/echo/tool.yaml program"
+    assert caught.value.rule == "tools/echo/tool.yaml:4 program"
     (config.path / "tools/echo/run").unlink()
     with pytest.raises(Denied, match="can't be read: No such file"):
         check_program(tool)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from sandboxd.selftest.prober import secrets  # noqa: F401
 from sandboxd.selftest.prober import processes  # noqa: F401
 from sandboxd.selftest.prober import shared  # noqa: F401
+from sandboxd.selftest.prober import before  # noqa: F401
 from sandboxd.selftest.prober import files  # noqa: F401
 from sandboxd.selftest.prober import namespaces  # noqa: F401
 from sandboxd.selftest.prober import facts  # noqa: F401

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from sandboxd.selftest.prober import catalogue, kernel
+from sandboxd.selftest.prober import before, catalogue, kernel
 from sandboxd.selftest.prober.probe import AGENT, SCRATCH, TOOL, Attack, Plan, Probe, word_for
 from sandboxd.trial.mcp import Client
 
@@ -43,6 +43,8 @@ def main() -> int:
     place = sys.argv[1]
     if place == "hold":
         return _hold()
+    if place == TOOL and not os.path.exists(_PLAN):
+        return before.leave()
     if place == TOOL:
         with open(_PLAN) as file:
             plan = Plan.of({**json.load(file), "place": TOOL})
@@ -69,6 +71,9 @@ def _agent() -> int:
         time.sleep(0.01)
     _say(event="holding")
     given = sys.stdin.readline()
+    leaving = client.wait(client.submit("tools/call", name="probe", arguments={}))
+    if leaving.get("result", {}).get("isError", True):
+        _say(event="problem", detail=f"the call before: {leaving}"[:500])
     with open(_PLAN, "w") as file:
         file.write(given)
     probing = client.submit("tools/call", name="probe", arguments={})
