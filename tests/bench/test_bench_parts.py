@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import calls, peers, report, stage, stages, starts
+from bench import calls, ends, peers, report, stage, stages, starts
 from bench.__main__ import PARTS, main
 
 TINY = ("--runs", "2", "--rounds", "1", "--callers", "2", "--sessions", "2", "--no-peers")
@@ -103,6 +103,16 @@ def test_launches_leave_nothing(tmp_path: Path) -> None:
     told = json.loads(file.read_text())
     assert told["before"]["processes"] >= 1
     assert told["after"]["zombies"] == 0
+
+
+def test_every_tree_is_gone_when_its_end_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ends.json"
+    assert main(["ends", "--runs", "1", "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert (set(told["games"]), told["lacking"]) == (set(ends.GAMES), [])
+    assert "never stops forking" in capsys.readouterr().out
 
 
 def test_a_call_that_goes_wrong_is_no_figure() -> None:
