@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import grp
 import os
+import pwd
+import struct
 from typing import Any
 
 import pytest
 
 from sandboxd.errors import Denied
-from sandboxd.policy import programs
+from sandboxd.paths import shipped
+from sandboxd.policy import ConfigErrors, load_config, programs
 from sandboxd.policy.programs import hold_program
 
 
@@ -101,3 +106,60 @@ def test_a_file_that_just_changed_is_not_remembered(config: Any) -> None:
     known = len(programs._known)
     hold_program(tool).close()
     assert len(programs._known) == known
+
+
+def test_a_program_in_what_sessions_write_is_refused(config: Any, tmp_path: Any) -> None:
+    state = tmp_path / "state"
+    program = config.program(str(state / "workspaces/coder/run"))
+    config.tool(program=f"program: {program}")
+
+    def problems() -> list[str]:
+        try:
+            load_config(
+                config.path,
+                shipped_policies=shipped("policies"),
+                shipped_tools=shipped("tools"),
+                private={"the daemon's state": state},
+            )
+        except ConfigErrors as refused:
+            return [error.message for error in refused.errors]
+        return []
+
+    (problem,) = problems()
+    assert problem.endswith(f"{program} is in the daemon's state, {state}, where sessions write")
+    config.tool()
+    assert problems() == []
+
+
+def test_a_workspace_that_holds_an_interpreter_is_refused(config: Any, tmp_path: Any) -> None:
+    place = tmp_path / "work"
+    shell = config.program(str(place / "shell"), "\x7fELF")
+    config.program("tools/echo/run", f"#!{shell}\n")
+    config.tool(f"mounts: [{{source: {shell}, target: {shell}}}]\n")
+    assert config.load()
+    config.agent(f"workspace: {{path: {place}}}\n")
+    assert f"{place} would let an agent change the program of echo" in config.problem()
+
+
+def test_an_access_control_list_can_not_open_a_program(config: Any) -> None:
+    """Its mask stands in the group's bits, which may seem to be the owner's private group's."""
+    path = config.program("tools/echo/run")
+    try:
+        group = grp.getgrnam(pwd.getpwuid(os.geteuid()).pw_name)
+    except KeyError:
+        pytest.skip("this user has no private group")
+    os.chown(path, -1, group.gr_gid)
+    # version, then tag, permissions and id of each entry (acl(5), posix_acl_xattr.h)
+    entries = ((1, 7, -1), (2, 7, 65_534), (4, 5, -1), (16, 7, -1), (32, 5, -1))
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_access", value)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.skip("this file system has no access control lists")
+    assert path.stat().st_mode & 0o020, "the mask"
+    assert config.problem().endswith("is writable by whom its access control list names")
+    os.removexattr(path, "system.posix_acl_access")
+    path.chmod(0o775)
+    assert config.load(), "the owner's private group may write"
