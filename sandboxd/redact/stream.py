@@ -239,6 +239,8 @@ class _Lane:
     def _give(self, end: int) -> bytes:
         """Mask and give out what comes before ``end``, except what was given out before."""
         buffer, base, at = self._buffer, self.base, self._given
+        if end <= at:
+            return b""
         out: list[bytes] = []
         for start, stop, name in self._spans() if self._seen.spans or self._marks else ():
             if start >= end:
