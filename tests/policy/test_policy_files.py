@@ -118,7 +118,7 @@ def test_a_tool_on_the_hosts_network_is_denied_where_a_namespace_is_required(con
     config.agent("policy: mine\n")
     loaded = config.load()
     denied = decide(loaded, loaded.agents["coder"], "echo", {"text": "x"})
-    assert (denied.verdict, denied.rule) == ("deny", "policies/mine.yaml ceiling")
+    assert (denied.verdict, denied.rule) == ("deny", "policies/mine.yaml:4 require")
     assert "requires network_namespace" in denied.reason
     config.tool()
     assert decide(config.load(), loaded.agents["coder"], "echo", {"text": "x"}).allowed
