@@ -82,12 +82,13 @@ def convert(
     only: Collection[str] = (),
     taken: Collection[str] = (),
     plain: Collection[str] = (),
+    reserved: Collection[str] = (),
 ) -> tuple[list[Entry], list[Problem]]:
     """The servers of a file and everything that stands in their way.
 
     ``taken`` are variables that are in use: a key of that name gets another one. ``plain`` are
-    names in ``env`` that are settings, whatever they look like. Raises Invalid for a file that
-    isn't of the format.
+    names in ``env`` that are settings, whatever they look like. ``reserved`` are names of tools: a
+    server of that name gets ``mcp-`` before it. Raises Invalid for a file that isn't of the format.
     """
     servers = _servers(data)
     unknown = sorted(set(only) - set(servers))
@@ -104,7 +105,9 @@ def convert(
         if only and original not in only:
             continue
         try:
-            entry = _Reader(original, raw, source, packages, prefix, used, plain).entry()
+            entry = _Reader(
+                original, raw, source, packages, _name(prefix, original, reserved), used, plain
+            ).entry()
         except _Refused as refused:
             problems.append(Problem(original, refused.message, refused.hint))
             continue
@@ -159,13 +162,13 @@ class _Reader:
         raw: Any,
         source: str,
         packages: Sequence[Path],
-        prefix: str,
+        name: str,
         used: Collection[str],
         plain: Collection[str],
     ) -> None:
         self.original, self.raw, self.source = original, raw, source
         self.packages, self.used, self.plain = packages, used, plain
-        self.name = _name(prefix, original)
+        self.name = name
         self.values: dict[str, Secret] = {}
         self.unset: dict[str, None] = {}
         self.notes: list[str] = []
@@ -345,10 +348,12 @@ class _Reader:
                 )
 
 
-def _name(prefix: str, original: str) -> str:
+def _name(prefix: str, original: str, reserved: Collection[str]) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", f"{prefix}{original}".lower()).strip("-")[:32].strip("-")
+    if words in reserved or not words[:1].isalpha():
+        words = f"mcp-{words}"[:32].strip("-")
     try:
-        return server_name(words if words[:1].isalpha() else f"mcp-{words}"[:32].strip("-"))
+        return server_name(words)
     except Invalid:
         raise _Refused("its name has no letter or digit", "give it another one") from None
 

@@ -97,6 +97,7 @@ def import_(args: argparse.Namespace) -> int:
     with connect(args) as daemon:
         known = daemon.call("env.list", agent=args.agent)["variables"]
         directory = Path(daemon.call("status")["config"])
+        tools = {row["name"] for row in daemon.call("tools.list")["tools"]}
         entries, problems = convert(
             data,
             source=source,
@@ -105,9 +106,9 @@ def import_(args: argparse.Namespace) -> int:
             only=args.only,
             taken={row["name"] for row in known},
             plain=args.plain,
+            reserved=[name for name in tools if not (directory / "tools" / name).exists()],
         )
         errors = [ConfigError(f"{p.server}: {p.message}", hint=p.hint) for p in problems]
-        tools = {row["name"] for row in daemon.call("tools.list")["tools"]}
         tools |= {row["server"] for row in daemon.call("tools.pins")["servers"]}
         errors += [
             ConfigError(
