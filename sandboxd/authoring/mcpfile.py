@@ -350,12 +350,11 @@ class _Reader:
 
 def _name(prefix: str, original: str, reserved: Collection[str]) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", f"{prefix}{original}".lower()).strip("-")[:32].strip("-")
+    if not words:
+        raise _Refused("its name has no letter or digit", "give it another one")
     if words in reserved or not words[:1].isalpha():
         words = f"mcp-{words}"[:32].strip("-")
-    try:
-        return server_name(words)
-    except Invalid:
-        raise _Refused("its name has no letter or digit", "give it another one") from None
+    return server_name(words)
 
 
 def _is_secret_name(name: str) -> bool:

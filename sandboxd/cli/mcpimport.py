@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from sandboxd.admin.client import AdminClient
     from sandboxd.authoring.mcpfile import Entry
 
-__all__ = ["add"]
+__all__ = ["add", "manifest_text"]
 
 _MAX_FILE = 4 << 20
+#: Keys of a manifest whose values need no quotes.
+_PLAIN = ("kind", "name", "runtime", "lifetime", "idle", "workspace", "network")
 #: Where servers are looked for that the file fetches with npx or uvx.
 _PACKAGES = "/opt/mcp"
 
@@ -165,7 +167,7 @@ def _staged(directory: Path, entries: Sequence[Entry]) -> Any:
             folder = staged / entry.name
             folder.mkdir(mode=0o755)
             path = folder / "tool.yaml"
-            path.write_text(_yaml(entry), encoding="utf-8")
+            path.write_text(manifest_text(entry), encoding="utf-8")
             path.chmod(0o644)
         _, problems = lint_tools(staged, shipped_tools=shipped("tools"))
         if problems.errors:
@@ -212,14 +214,14 @@ def _apply(
         raise
 
 
-def _yaml(entry: Entry) -> str:
+def manifest_text(entry: Entry) -> str:
     """A manifest: block style on top, JSON for the values, which YAML takes as it is."""
     lines = []
     for key, value in entry.manifest.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines.append(f"{key}:")
             lines += [f"  - {json.dumps(item, ensure_ascii=False)}" for item in value]
-        elif key in ("kind", "runtime", "lifetime", "idle", "workspace", "network"):
+        elif key in _PLAIN and value not in ("null", "true", "false"):
             lines.append(f"{key}: {value}")
         else:
             lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
