@@ -115,7 +115,7 @@ class Paths:
 
 
 def shipped(kind: str) -> Path:
-    """The folder of shipped ``tools``, ``policies`` or ``systemd`` files.
+    """The folder of shipped ``tools``, ``policies``, ``schemas`` or ``systemd`` files.
 
     An installed package carries them below itself, a checkout beside itself.
     """

@@ -37,7 +37,7 @@ from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.mcpserver import McpTool
 from sandboxd.policy.model import Tool
-from sandboxd.policy.toolcheck import check_program
+from sandboxd.policy.programs import Held, hold_program
 from sandboxd.vault.vault import Vault
 
 __all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
@@ -68,6 +68,7 @@ class _Live:
     ended: trio.Event = field(default_factory=trio.Event)
     versions: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
+    held: Held | None = None
     capture: Capture | Tally | None = None
     exit: Exit | None = None
     alive: bool = False
@@ -306,6 +307,8 @@ class Calls:
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
             result = failed_result(live.id, live.tool, first(group))
         finally:
+            if live.held is not None:
+                live.held.close()
             with trio.move_on_after(_REAP, shield=True):
                 await self._record_end(live, result)
         return result
@@ -325,7 +328,7 @@ class Calls:
             return await self.servers.call(
                 live.session, live.id, decision, chosen, live.capture, progress
             )
-        await trio.to_thread.run_sync(check_program, tool)
+        live.held = await trio.to_thread.run_sync(hold_program, tool)
         unsealed = await unseal(self._vault, chosen)
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
@@ -340,6 +343,7 @@ class Calls:
                 workspace=session.workspace,
                 overlay=shares,
                 template=session.id,
+                held=live.held,
             )
             ended = trio.CancelScope()
             live.capture = capture = Capture(

@@ -29,7 +29,7 @@ from sandboxd.isolation.wire import FileSpec
 from sandboxd.policy.decide import Decision
 from sandboxd.policy.definitions import read_definitions
 from sandboxd.policy.mcpserver import McpServer
-from sandboxd.policy.toolcheck import check_program
+from sandboxd.policy.programs import Held, hold_program
 from sandboxd.redact import Matcher
 from sandboxd.vault.vault import Vault
 
@@ -184,7 +184,11 @@ class Running:
         self._ready.set()
 
     async def _run(self) -> None:
-        await trio.to_thread.run_sync(check_program, self.server.launch)
+        held = await trio.to_thread.run_sync(hold_program, self.server.launch)
+        with contextlib.closing(held):
+            await self._run_held(held)
+
+    async def _run_held(self, held: Held) -> None:
         unsealed = await unseal(self._begin.vault, self._chosen)
         self._matcher = Matcher({spec.variable: value for spec, value in unsealed if spec.redact})
         session = self.session
@@ -202,6 +206,7 @@ class Running:
                     uid=uid,
                     workspace=session.workspace,
                     overlay=shares,
+                    held=held,
                 ),
             )
             del unsealed

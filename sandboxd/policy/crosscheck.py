@@ -14,7 +14,7 @@ from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.definitions import exposed
 from sandboxd.policy.files import Trust
 from sandboxd.policy.mcpserver import SEPARATOR
-from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy
+from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy, Tool
 from sandboxd.policy.policyfile import Written
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.toolcheck import check_environment, check_mounts
@@ -43,8 +43,10 @@ def check(
         _check_reach(_agent_places(agent), document, loaded, directory, problems)
     for tool, document in loaded.tools.values():
         _check_reach(_mount_places(tool.mounts), document, loaded, directory, problems)
+        _check_home(tool, document, loaded, problems)
     for server, document in loaded.servers.values():
         _check_reach(_mount_places(server.mounts), document, loaded, directory, problems)
+        _check_home(server.launch, document, loaded, problems)
     for written in loaded.policies.values():
         _check_rules(written, loaded, problems)
         _warn_of_shadowed(written, problems)
@@ -366,12 +368,27 @@ def _check_reach(
                 break
 
 
+def _check_home(tool: Tool, document: Document, loaded: Loaded, problems: Problems) -> None:
+    """No program lives where the daemon keeps what sessions write."""
+    for path in (tool.program, *(interpreter.path for interpreter in tool.interpreters)):
+        for what, place in loaded.private.items():
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
+                problems.add(
+                    document.file,
+                    document.at(("program",)),
+                    f"{path} is in {what}, {place}, where sessions write",
+                    "keep it in the tool's folder, or where only root writes",
+                )
+
+
 def _programs(loaded: Loaded) -> Iterator[tuple[str, Path]]:
     """Where the code of tools and servers lives."""
     servers = [server for server, _ in loaded.servers.values()]
     for tool in (*(tool for tool, _ in loaded.tools.values()), *(s.launch for s in servers)):
         yield tool.name, tool.directory
         yield tool.name, tool.program
+        for interpreter in tool.interpreters:
+            yield tool.name, interpreter.path
     for server in servers:
         for mount in server.mounts:
             if server.launch.program.is_relative_to(mount.source):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import attrs
 
 from sandboxd.isolation.uids import DEFAULT_COUNT, DEFAULT_FIRST
+from sandboxd.policy.programs import Interpreter
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
     AbsolutePath,
@@ -347,6 +348,11 @@ class Tool:
     replaces: Literal["shipped"] | None = None
     directory: Path = _loaded(Path())
     digest: str = _loaded("")
+    #: The name that the program is started by, where that isn't its real path.
+    invoked: str = _loaded("")
+    #: Whether the kernel executes it itself; else a script's interpreters, innermost first.
+    native: bool = _loaded(False)
+    interpreters: tuple[Interpreter, ...] = _loaded(())
     source: str = _loaded("")
     shipped: bool = _loaded(False)
     places: Mapping[str, str] = _loaded(MappingProxyType({}), eq=False, repr=False)
