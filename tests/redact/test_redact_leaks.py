@@ -7,6 +7,7 @@ pieces come on both streams in any order, and a reader may have lost patience at
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Sequence
 
 import pytest
@@ -30,7 +31,9 @@ _lines = st.lists(_line, min_size=2, max_size=4).map("\n".join)
 values = (
     st.one_of(_token, _printable, _unicode, _lines)
     .map(lambda value: value[:84])
-    .filter(lambda value: len(set(value)) > 5 and value == value.strip())
+    .filter(
+        lambda value: len(set(value)) > 5 and value[:3].strip("'\"\\:, ") and value == value.strip()
+    )
 )
 spellings = st.sampled_from(sorted(ALL))
 #: What stands around a value; none of it can be a part of one by chance.
@@ -69,7 +72,7 @@ def shown(
     return kept["stdout"], kept["stderr"], watched + rest + last, both.counts.total()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     value=values,
     name=spellings,
@@ -87,8 +90,9 @@ def test_no_split_of_any_encoding_leaks_eight_characters(
     around: tuple[bytes, bytes],
 ) -> None:
     spelling = ALL[name](value)
-    # A backslash before the value makes another character of its first, for every reader.
+    # What stands before it makes another character of the value's first, for every reader.
     assume(around[0] != b"\\" or value[0] not in "nrtbfvaeuUx01234567\\")
+    assume(around[0] != b"%" or not set(value[:2]) <= set(string.hexdigits))
     stdout, stderr, watched, hits = shown(spelling, cuts, streams, relaxes, around, value)
     assert hits
     for window in spelling.windows(value):
@@ -109,7 +113,7 @@ def test_every_encoding_becomes_the_name_and_nothing_around_it_changes(name: str
     assert left <= 4, out  # what base64 shares with its neighbours, a separator, a padding
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     value=values,
     name=spellings,
@@ -133,7 +137,7 @@ def test_what_comes_out_does_not_depend_on_the_cuts(
     assert out == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     data=st.one_of(st.binary(max_size=400), st.text(max_size=300).map(str.encode)),
     cuts=st.lists(st.integers(0, 400), max_size=8),
@@ -161,7 +165,7 @@ def test_text_without_a_value_passes_byte_for_byte(data: bytes, cuts: list[int])
     assert not both.counts
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(value=values, name=spellings, cuts=st.lists(st.integers(0, 500), max_size=4))
 def test_texts_in_a_row_leak_no_eight_characters(value: str, name: str, cuts: list[int]) -> None:
     spelling = ALL[name](value)
