@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from itertools import compress, islice
 from typing import Any, NamedTuple
 
+from sandboxd.redact.dump import BEGIN, dump_parts, last_line, line_end, line_start
 from sandboxd.redact.encodings import ANCHOR, CANON, CANON_DROPS, KEPT, Form, forms
 from sandboxd.redact.unescape import (
     Escape,
@@ -68,11 +69,15 @@ class Open(NamedTuple):
 
 
 class Found(NamedTuple):
-    """``hold``: the text from there is undecided until more of it is known."""
+    """``hold``: the text from there is undecided until more of it is known.
+
+    ``dump``: it holds a dump, which what follows may go on with.
+    """
 
     spans: list[Span]
     opens: list[Open]
     hold: int
+    dump: bool = False
 
 
 class Matcher:
@@ -100,8 +105,11 @@ class Matcher:
     def __bool__(self) -> bool:
         return bool(self._lenses)
 
-    def search(self, text: bytes) -> Found:
-        """Every occurrence, and every end of the text that may become one."""
+    def search(self, text: bytes, *, dump: bool = False) -> Found:
+        """Every occurrence, and every end of the text that may become one.
+
+        ``dump``: a dump began in what was before.
+        """
         spans: list[Span] = []
         opens: list[Open] = []
         plain = _Look(text, spans, opens)
@@ -115,10 +123,26 @@ class Matcher:
             hold = min(hold, self._decoded(look, _ROUNDS))
         for view in self._views(text, places) if places else ():
             hold = min(hold, self._nested(plain.through(view), _ROUNDS))
-        hold = min(hold, min((entry.start for entry in opens), default=hold))
+        if dump or BEGIN in text:
+            dump = self._dumped(text, spans, opens) or dump
+        hold = min(hold, last_line(text), min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)
-        return Found(spans, opens, hold)
+        return Found(spans, opens, hold, dump)
+
+    def _dumped(self, text: bytes, spans: list[Span], opens: list[Open]) -> bool:
+        """Look at what the lines of dumps hold, each with all that the line shows of it."""
+        parts = dump_parts(text, _GAP)
+        if parts:
+            look = _Look(text, [], []).through(View(text, parts))
+            self._look(look)
+            for start, end, name in look.spans:
+                end = line_end(text, end)
+                spans.append(Span(start, end, name))
+                if end == len(text):  # its text column is still to come
+                    look.opens.append(Open(start, name, guarded=True, partial=True))
+            opens += [e._replace(start=line_start(text, e.start)) for e in look.opens]
+        return bool(parts)
 
     def _views(self, text: bytes, places: Sequence[int]) -> Iterator[View]:
         """What is around the escapes at these places, decoded; the rest left out."""
