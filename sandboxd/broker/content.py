@@ -9,54 +9,18 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandboxd.redact import Matcher, Redactor
-from sandboxd.secret import Secret
+from sandboxd.redact import Mask
 
-__all__ = ["Mask", "Passed", "passed_on"]
+__all__ = ["Passed", "passed_on"]
 
 #: Blocks of one answer.
 MAX_BLOCKS = 1_000
 
 _TEXT = ("uri", "name", "title", "description", "mimeType")
-
-
-class Mask:
-    """Takes secret values out of texts and bytes, and counts them."""
-
-    def __init__(self, secrets: Mapping[str, Secret] | Matcher) -> None:
-        self._matcher = secrets if isinstance(secrets, Matcher) else Matcher(secrets)
-        self.counts: Counter[str] = Counter()
-
-    def bytes(self, data: bytes) -> bytes:
-        if not self._matcher or not data:
-            return data
-        redactor = Redactor(self._matcher)
-        masked = redactor.feed(data) + redactor.flush()
-        self.counts += redactor.counts
-        return masked
-
-    def text(self, text: str) -> str:
-        if not self._matcher or not text:
-            return text
-        return self.bytes(text.encode()).decode("utf-8", "replace")
-
-    def value(self, value: Any) -> Any:
-        """A JSON value with every text in it masked, keys included."""
-        if isinstance(value, str):
-            return self.text(value)
-        if isinstance(value, dict):
-            return {self.text(str(key)): self.value(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self.value(inner) for inner in value]
-        if value is None or isinstance(value, bool):
-            return value
-        shown = json.dumps(value)  # a number may be a value as well
-        return value if self.text(shown) == shown else self.text(shown)
 
 
 @dataclass(frozen=True)
@@ -75,8 +39,7 @@ def passed_on(result: Mapping[str, Any], mask: Mask, limit: int) -> Passed:
     room = limit
     blocks: list[dict[str, Any]] = []
     missing: list[str] = []
-    for raw in (content if isinstance(content, list) else [])[:MAX_BLOCKS]:
-        block = _block(raw, mask)
+    for block in _blocks(content if isinstance(content, list) else [], mask):
         if block is None:
             missing.append("a block of an unknown form")
             continue
@@ -109,12 +72,24 @@ def _told(missing: list[str], limit: int) -> str:
     return f"left out for the limit of {limit:,} bytes: {', '.join(missing[:3])}{more}"
 
 
+def _blocks(content: list[Any], mask: Mask) -> list[dict[str, Any] | None]:
+    """The blocks; their texts masked as they are read, one after the other."""
+    blocks = [_block(raw, mask) for raw in content[:MAX_BLOCKS]]
+    texts = [block for block in blocks if block is not None and block["type"] == "text"]
+    for block, text in zip(texts, mask.texts([b["text"] for b in texts]), strict=True):
+        block["text"] = text
+    return blocks
+
+
 def _block(raw: Any, mask: Mask) -> dict[str, Any] | None:
-    """The block with its known fields, or None for one that is of no known form."""
+    """The block with its known fields, or None for one that is of no known form.
+
+    The text of a text block is still the server's: only all of them together are masked.
+    """
     kind = raw.get("type") if isinstance(raw, dict) else None
     made: dict[str, Any] | None = None
     if kind == "text" and isinstance(raw.get("text"), str):
-        made = {"type": "text", "text": mask.text(raw["text"])}
+        made = {"type": "text", "text": raw["text"]}
     elif kind in ("image", "audio") and isinstance(raw.get("mimeType"), str):
         data = _data(raw.get("data"), mask)
         if data is not None:

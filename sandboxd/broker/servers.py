@@ -21,7 +21,7 @@ import trio
 from sandboxd.audit import AuditLog
 from sandboxd.broker.capture import Progress
 from sandboxd.broker.chosen import Chosen
-from sandboxd.broker.content import Mask, passed_on
+from sandboxd.broker.content import passed_on
 from sandboxd.broker.mcppeer import Fault, RemoteError
 from sandboxd.broker.result import CallResult
 from sandboxd.broker.serverrun import Running, Start
@@ -32,6 +32,7 @@ from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, launch_terms
 from sandboxd.policy.definitions import Definition, read_definitions
 from sandboxd.policy.mcpserver import McpServer, McpTool
+from sandboxd.redact import Mask
 from sandboxd.vault.vault import Vault
 
 __all__ = ["Servers", "Tally"]
