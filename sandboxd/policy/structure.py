@@ -63,6 +63,7 @@ def structure(document: Document, cls: type[T], problems: Problems) -> T | None:
         result = _converter.structure(value, cls)
     except (BaseValidationError, Wrong) as error:
         for path, problem in _leaves(error, ()):
+            # Of what has no value it was told already, but where JSON may have null.
             if not _is_empty(value, path) or _KEEP_NULL.intersection(path[:-1]):
                 _report(path, problem, document, problems)
         return None
