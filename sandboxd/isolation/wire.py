@@ -23,6 +23,7 @@ from sandboxd.errors import Invalid, KernelError, SandboxdError
 
 __all__ = [
     "FRAME",
+    "UNPINNED",
     "CgroupState",
     "FileSpec",
     "Frame",
@@ -32,6 +33,7 @@ __all__ = [
     "Located",
     "MountSpec",
     "OverlaySpec",
+    "Pin",
     "check_spec",
     "decode_lasting",
     "decode_spec",
@@ -52,6 +54,10 @@ MAX_SPEC = 16 << 20
 FIRST_HIGH_FD = 256
 
 Span = tuple[int, int]
+#: A file as it is now: device, inode number, nanoseconds of its last change (stat(2), st_ctim).
+Pin = tuple[int, int, int]
+#: Whatever file is there.
+UNPINNED: Pin = (0, 0, 0)
 
 _NUMBER = struct.Struct("!Q")
 _GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -116,7 +122,7 @@ class MountSpec:
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
     last descriptor, made by a launch with an :class:`OverlaySpec`.
 
-    ``pin``: device and inode number that the source must have; (0, 0): whatever is there.
+    ``pin``: what the source must be.
     """
 
     source: str
@@ -126,7 +132,7 @@ class MountSpec:
     idmap: bool = False
     optional: bool = False
     shared: bool = False
-    pin: tuple[int, int] = (0, 0)
+    pin: Pin = UNPINNED
 
 
 @dataclass(frozen=True)
@@ -201,8 +207,8 @@ class LaunchSpec:
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
 
-    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: the device
-    and inode number that it must have; (0, 0): whatever is there.
+    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: what that
+    must be.
     """
 
     id: str
@@ -210,7 +216,7 @@ class LaunchSpec:
     env: tuple[tuple[bytes, bytes], ...] = field(repr=False)
     uid: int
     program: str = ""
-    pin: tuple[int, int] = (0, 0)
+    pin: Pin = UNPINNED
     cwd: str = "/"
     network: str = "none"  # or "host"
     hostname: str = "sandbox"
@@ -356,7 +362,7 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         argv=(),
         env=(),
         uid=read.number(),
-        pin=(read.number(), read.number()),
+        pin=(read.number(), read.number(), read.number()),
         program=read.text(),
         cwd=read.text(),
         network=read.text(),
@@ -444,7 +450,7 @@ def _put_mount(out: _Writer, mount: MountSpec) -> None:
 def _get_mount(read: _Reader) -> MountSpec:
     source, target, flags = read.text(), read.text(), read.number()
     readonly, noexec, idmap, optional, shared = (bool(flags & 1 << bit) for bit in range(5))
-    pin = read.number(), read.number()
+    pin = read.number(), read.number(), read.number()
     return MountSpec(source, target, readonly, noexec, idmap, optional, shared, pin)
 
 

@@ -2,7 +2,8 @@
 
 A digest says what a file *was*. So the file is opened once for each launch and hashed through that
 descriptor, which stays open until the program runs: meanwhile no other file can have its device and
-inode number, and these are what the sandbox compares with the descriptor that it executes.
+inode number, and no write leaves its time of change as it was. These are what the sandbox compares
+with the descriptor that it executes.
 
 A script is started as the kernel would (``#!``, execve(2)), but by us: its interpreter is pinned
 like a program, and the script is what the sandbox shows at its path.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from sandboxd.errors import Denied
+from sandboxd.isolation.wire import Pin
 
 if TYPE_CHECKING:
     from sandboxd.policy.model import Tool
@@ -54,8 +56,6 @@ _MOST_SIBLINGS = 64
 
 _ENV = re.compile(r"[^\s=-][^\s=]*")
 
-Identity = tuple[int, int]
-
 
 class Refused(Exception):
     """A script that can't be started."""
@@ -80,9 +80,9 @@ class Held:
     the program; None: the folder is shown as it is.
     """
 
-    program: Identity
+    program: Pin
     start: tuple[str, ...]
-    execute: tuple[Path, Identity] | None
+    execute: tuple[Path, Pin] | None
     beside: tuple[Path, ...] | None = None
     fds: list[int] = field(default_factory=list)
 
@@ -139,7 +139,7 @@ def is_native(path: Path) -> bool:
         return stream.read(4) == b"\x7fELF"
 
 
-def _open(tool: Tool, path: Path, digest: str, fds: list[int]) -> Identity:
+def _open(tool: Tool, path: Path, digest: str, fds: list[int]) -> Pin:
     from sandboxd.policy.model import place
 
     rule = place(tool, "program")
@@ -159,7 +159,7 @@ def _open(tool: Tool, path: Path, digest: str, fds: list[int]) -> Identity:
             rule=rule,
             hint="look at what changed it, then: sandboxctl reload",
         )
-    return there.st_dev, there.st_ino
+    return there.st_dev, there.st_ino, there.st_ctime_ns
 
 
 _known: dict[tuple[int, ...], str] = {}
