@@ -22,6 +22,7 @@ import trio
 from sandboxd.audit import JSON, AuditLog
 from sandboxd.broker import descriptors
 from sandboxd.broker.approvals import Approvals
+from sandboxd.broker.brief import brief, check
 from sandboxd.broker.capture import Capture, Progress, Stream
 from sandboxd.broker.failures import failed_result, first
 from sandboxd.broker.gate import Bounds, Busy, Gate, Share
@@ -34,7 +35,6 @@ from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.model import SecretSpec, Tool
-from sandboxd.policy.toolcheck import check_program
 from sandboxd.secret import Secret
 from sandboxd.vault.vault import Sealed, Snapshot, Vault
 
@@ -52,6 +52,8 @@ _LONGEST_NAME = 80
 _DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
+#: Seconds until the record of a start is written for its own sake.
+_SETTLE_PAUSE = 0.05
 
 
 @dataclass(eq=False)
@@ -330,7 +332,7 @@ class Calls:
         """Unseal, launch, read to the end. The uid is free again once nothing runs as it."""
         tool = decision.tool
         assert tool is not None  # an allowed decision has one
-        await trio.to_thread.run_sync(check_program, tool)
+        await check(tool)
         unsealed = await self._unseal(chosen)
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
@@ -375,14 +377,12 @@ class Calls:
     async def _unseal(
         self, chosen: Sequence[tuple[SecretSpec, Sealed]]
     ) -> list[tuple[SecretSpec, Secret]]:
-        """The plaintexts, outside the event loop: another thread may hold the vault's lock."""
-        if not chosen:
-            return []
+        """The plaintexts. The vault waits for nobody here."""
 
         def unseal() -> list[tuple[SecretSpec, Secret]]:
             return [(spec, self._vault.unseal(sealed)) for spec, sealed in chosen]
 
-        return await trio.to_thread.run_sync(unseal)
+        return await brief(sum(len(sealed.ciphertext) for _, sealed in chosen), unseal)
 
     async def _attend(
         self,
@@ -414,7 +414,8 @@ class Calls:
             nursery.start_soon(capture.report)
             try:
                 with ended:
-                    await self._audit.append("call.launched", **_who(live), pid=process.pid)
+                    launched = self._audit.note("call.launched", **_who(live), pid=process.pid)
+                    nursery.start_soon(self._settle, launched)
                     live.exit = await process.wait()
             finally:
                 await _end(live, process, 0.0 if capture.overflowed else grace)
@@ -423,6 +424,11 @@ class Calls:
                     await reader.wait()
             nursery.cancel_scope.cancel()
         capture.finish()
+
+    async def _settle(self, record: int) -> None:
+        """Have the record on disk soon, if no other takes it there: most calls end first."""
+        await trio.sleep(_SETTLE_PAUSE)
+        await self._audit.settle(record)
 
     async def _record_end(self, live: _Live, result: CallResult) -> None:
         """The last audit record and the time of use. Neither can change what happened."""
