@@ -6,7 +6,7 @@ whatever else the machine does hits all alike; only the ratios say something.
 
 ``python -m bench install`` brings the other programs. ``python -m bench stages`` alone shows in
 full where the time of one call goes. ``python -m bench leaks`` counts what many launches leave
-behind.
+behind, ``python -m bench ends`` takes the time in which a tree of processes is gone.
 
 The exit status is 1 when what was measured is isolated less than what is shipped.
 docs/performance.md says how it is done and what is compared with what.
@@ -24,14 +24,14 @@ from typing import Any
 
 import trio
 
-from bench import calls, idle, launching, leaks, machine, plot, report, stages, starts
+from bench import calls, ends, idle, launching, leaks, machine, plot, report, stages, starts
 from bench.install import install
 from bench.peers import NAMES
 
 __all__ = ["main", "run"]
 
 PARTS = ("launch", "calls", "stages", "throughput", "idle", "start")
-_ALONE = ("install", "leaks")
+_ALONE = ("install", "leaks", "ends")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what == ["leaks"]:
         figures = trio.run(leaks.count, options.runs)
         return _tell(figures, leaks.table(figures), options.json)
+    if what == ["ends"]:
+        figures = trio.run(ends.measure, options.runs)
+        return _tell(figures, ends.table(figures), options.json)
     result = json.loads(options.earlier.read_text()) if options.earlier else run(what, options)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

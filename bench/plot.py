@@ -35,7 +35,8 @@ def svg(result: Mapping[str, Any]) -> str:
     for title, unit, bars in panels:
         body += _panel(title, unit, bars, top)
         top += _TITLE + _STEP * len(bars)
-    foot = f"{result['machine']['at']}, as {result['machine']['user']}"
+    foot = "Logarithmic. Bars are medians, thin lines reach to p95. "
+    foot += f"{result['machine']['at']}, as {result['machine']['user']}"
     if result["invalid"]:
         foot += ": INVALID, isolated less than shipped"
     body.append(_text(12, height - 14, foot, _FAINT, 12))

@@ -144,7 +144,10 @@ def _rate(name: str, least: float) -> Callable[[Mapping[str, Any]], Verdict]:
 
 def _crowd(part: Mapping[str, Any]) -> Verdict:
     verdict = _at_most(part["p99"], 1.2)
-    return Verdict(f"{verdict.value} with {part['sessions']}", verdict.met)
+    words = f"{verdict.value} with {part['sessions']}"
+    if part["why"]:
+        return Verdict(f"{words}; this host gives no more: {part['why']}", None)
+    return Verdict(words, verdict.met)
 
 
 def _start(part: Mapping[str, Any]) -> Verdict:
@@ -160,13 +163,13 @@ def _daemon(part: Mapping[str, Any]) -> Verdict:
 
 
 def _session(part: Mapping[str, Any]) -> Verdict:
-    """Without the right to look, memory of the host is the measure: it holds the kernel's too."""
+    """Nothing is judged where PSS can't be read: the host's memory holds the kernel's part too."""
     if part["session_pss_bytes"] is not None:
         size = part["session_pss_bytes"]
         return Verdict(f"{size / _MIB:.2f} MiB", size < 2 * _MIB)
     size = part["session_host_bytes"]
-    words = f"{size / _MIB:.2f} MiB of the host, the kernel's included (PSS can't be read here)"
-    return Verdict(words, size < 2 * _MIB)
+    words = f"PSS can't be read here; {size / _MIB:.2f} MiB of the host, the kernel's included"
+    return Verdict(words, None)
 
 
 GOALS = (
@@ -225,6 +228,15 @@ def _tables(parts: Mapping[str, Any]) -> Iterable[Table]:
             [
                 (line["stage"], f"{line['mean_ms']:.3f}", f"{line['share']:.1%}")
                 for line in stages.shortened(part["stages"])
+            ],
+        )
+        header = ("where the time of a session's start goes", "mean ms", "share")
+        yield (
+            f"Session start: {part['starts']} of them, with clocks in them",
+            header,
+            [
+                (line["stage"], f"{line['mean_ms']:.3f}", f"{line['share']:.1%}")
+                for line in stages.shortened(part["start_stages"])
             ],
         )
     if part := parts.get("throughput"):

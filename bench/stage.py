@@ -176,8 +176,10 @@ class Caller:
 
     def probe(self) -> dict[str, Any]:
         """What a tool call sees of the walls around it."""
-        reply = json.loads(self.order(1, tool="probe", replies=True)["replies"][0])
-        told: dict[str, Any] = json.loads(reply["result"]["content"][0]["text"])
+        line = self.order(1, tool="probe", replies=True)["replies"][0]
+        if '"isError":true' in line or '"error"' in line:
+            raise SystemExit(f"the probe did not run: {line[:500]}")
+        told: dict[str, Any] = json.loads(json.loads(line)["result"]["content"][0]["text"])
         return told
 
     def lacking(self) -> list[str]:

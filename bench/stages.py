@@ -15,25 +15,31 @@ from itertools import pairwise
 from typing import Any
 
 from bench import stage
+from bench.starts import first_word
 from bench.traced import Span
 
 __all__ = ["account", "measure", "profile", "profile_table", "shortened", "table"]
 
 _BETWEEN = "between"
+_REST = "socket, and the caller"
 #: Stages that only hold others.
-_HOLDERS = ("call",)
+_HOLDERS = ("call", "session")
 
 
 async def measure(calls: int) -> dict[str, Any]:
     """So many calls, and the mean of each stage."""
-    told, seconds, lacking = _traced(calls, profile=False)
-    per_call = _calls([tuple(span) for span in told["spans"]])[-calls:]
-    accounts = [account(spans, began, ended) for spans, began, ended in per_call]
+    told, seconds, starting, lacking = _traced(calls, profile=False)
+    spans: list[Span] = [tuple(span) for span in told["spans"]]
+    per_call = [account(*one) for one in _calls(spans)[-calls:]]
+    per_start = [account(*one) for one in _starts(spans)[-len(starting) :]]
     return {
-        "calls": len(accounts),
+        "calls": len(per_call),
         "median_ms": statistics.median(seconds) * 1e3,
         "mean_ms": statistics.mean(seconds) * 1e3,
-        "stages": _merge(accounts, statistics.mean(seconds) * 1e3),
+        "stages": _merge(per_call, statistics.mean(seconds) * 1e3),
+        "starts": len(per_start),
+        "start_median_ms": statistics.median(starting) * 1e3,
+        "start_stages": _merge(per_start, statistics.mean(starting) * 1e3),
         "missing": told["missing"],
         "lacking": lacking,
     }
@@ -41,7 +47,7 @@ async def measure(calls: int) -> dict[str, Any]:
 
 async def profile(calls: int) -> dict[str, Any]:
     """So many calls, and the functions and packages that the broker's event loop spends CPU in."""
-    told, seconds, lacking = _traced(calls, profile=True)
+    told, seconds, _, lacking = _traced(calls, profile=True)
     return {
         "calls": len(seconds),
         "functions": told["functions"],
@@ -50,17 +56,20 @@ async def profile(calls: int) -> dict[str, Any]:
     }
 
 
-def _traced(calls: int, *, profile: bool) -> tuple[dict[str, Any], list[float], list[str]]:
-    """What a traced daemon noted, the caller's times, and what the isolation lacks."""
+def _traced(
+    calls: int, *, profile: bool
+) -> tuple[dict[str, Any], list[float], list[float], list[str]]:
+    """What a traced daemon noted; seconds of each call and session start; what it lacks."""
     with stage.open_stage("bench.traced", profile=profile) as on:
         caller = stage.Caller(on)
         lacking = caller.lacking()
         caller.order(min(20, calls))
         seconds = caller.order(calls)["seconds"]
         caller.close()
+        starting = [first_word(on) for _ in range(0 if profile else calls)]
         on.client.close()
         on.stop()
-        return json.loads(on.trace.read_text()), seconds, lacking
+        return json.loads(on.trace.read_text()), seconds, starting, lacking
 
 
 def account(spans: Iterable[Span], began: int, ended: int) -> dict[str, int]:
@@ -101,10 +110,16 @@ def shortened(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(figures: dict[str, Any]) -> str:
     """For a terminal."""
-    rows = [f"{figures['calls']} calls, one at a time: median {figures['median_ms']:.2f} ms"]
-    rows += [f"{'stage':44}{'mean ms':>9}{'share':>8}"]
-    for line in figures["stages"]:
-        rows.append(f"{line['stage']:44}{line['mean_ms']:9.3f}{line['share']:8.1%}")
+    titles = (
+        f"{figures['calls']} calls, one at a time: median {figures['median_ms']:.2f} ms",
+        f"{figures['starts']} session starts: median {figures['start_median_ms']:.2f} ms",
+    )
+    rows = []
+    for title, lines in zip(titles, (figures["stages"], figures["start_stages"]), strict=True):
+        rows += [title, f"{'stage':44}{'mean ms':>9}{'share':>8}"]
+        for line in lines:
+            rows.append(f"{line['stage']:44}{line['mean_ms']:9.3f}{line['share']:8.1%}")
+        rows.append("")
     rows += [f"not traced, for it has moved: {place}" for place in figures["missing"]]
     return "\n".join(rows)
 
@@ -122,6 +137,15 @@ def profile_table(figures: dict[str, Any]) -> str:
                 f"{line['cpu'] / total:8.1%}{line['calls'] / every:14.1f}"
             )
     return "\n".join(rows)
+
+
+def _starts(spans: Sequence[Span]) -> list[tuple[list[Span], int, int]]:
+    """Spans of each start of a session, from the operator's request to its reply."""
+    return [
+        ([span for span in spans if began <= span[1] < ended], began, ended)
+        for name, began, ended in sorted(spans, key=lambda span: span[1])
+        if name == "session"
+    ]
 
 
 def _calls(spans: Sequence[Span]) -> list[tuple[list[Span], int, int]]:
@@ -147,7 +171,7 @@ def _merge(accounts: Sequence[dict[str, int]], mean: float) -> list[dict[str, An
     for each in accounts:
         order.update(dict.fromkeys(each))
     rows = [(name, sum(each.get(name, 0) for each in accounts) / len(accounts)) for name in order]
-    rows.append(("socket, and the caller", mean * 1e6 - sum(spent for _, spent in rows)))
+    rows.append((_REST, mean * 1e6 - sum(spent for _, spent in rows)))
     return [
         {"stage": name, "mean_ms": spent / 1e6, "share": spent / 1e6 / mean} for name, spent in rows
     ]

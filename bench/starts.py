@@ -13,7 +13,7 @@ from bench.measure import Variant, interleave, ratio, row
 from bench.walls import weaker
 from sandboxd.isolation.wire import LaunchSpec
 
-__all__ = ["BWRAP", "OURS", "measure"]
+__all__ = ["BWRAP", "OURS", "first_word", "measure"]
 
 OURS, BWRAP = "sandboxd session", "bwrap --unshare-all + seccomp"
 _WORD = b"here\n"
@@ -23,7 +23,11 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "TOKEN": "x" * 40}
 async def measure(rounds: int) -> dict[str, Any]:
     """Both, interleaved; no ratio where bwrap is missing."""
     with stage.open_stage() as on, ExitStack() as given:
-        variants = [Variant(OURS, lambda: _session(on), ours=False)]
+
+        async def session() -> float:
+            return first_word(on)
+
+        variants = [Variant(OURS, session, ours=False)]
         bwrap = shutil.which("bwrap")
         if bwrap is not None:
             opened = bubblewrap.filters(given)
@@ -38,7 +42,8 @@ async def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-async def _session(on: stage.Stage) -> float:
+def first_word(on: stage.Stage) -> float:
+    """Seconds from the order to start a session until its agent says something."""
     began = time.perf_counter()
     started, fds = on.client.call_with_fds(
         "session.start", agent="brief", args=[], tty=False, attach=True

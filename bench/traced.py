@@ -24,8 +24,7 @@ from sandboxd import main
 __all__ = ["HOOKS", "attach"]
 
 #: Stage, and the function whose run it is: module, then the path to it. "=" after the stage: it is
-#: told apart by its first argument. Taken off the code as it is; what has moved is told, and a test
-#: notices.
+#: told apart by its first argument. Taken off the code as it is; what has moved is told.
 HOOKS = (
     ("read", "sandboxd.broker.jsonrpc:LineReader.receive"),
     ("parse", "sandboxd.broker.mcp:parse"),
@@ -33,8 +32,8 @@ HOOKS = (
     ("decide", "sandboxd.broker.calls:decide"),
     ("record =", "sandboxd.audit:AuditLog.append"),
     ("fdatasync", "os:fdatasync"),
-    ("check the program", "sandboxd.broker.calls:check_program"),
-    ("unseal", "sandboxd.broker.calls:Calls._unseal"),
+    ("check the program", "sandboxd.broker.calls:hold_program"),
+    ("unseal", "sandboxd.broker.calls:unseal"),
     ("prepare", "sandboxd.broker.calls:prepare"),
     ("launch", "sandboxd.isolation.client:Launcher.launch"),
     ("launch: encode", "sandboxd.isolation.client:encode_spec"),
@@ -43,6 +42,10 @@ HOOKS = (
     ("end", "sandboxd.broker.calls:_end"),
     ("redact", "sandboxd.broker.capture:Capture._take"),
     ("note the use", "sandboxd.broker.calls:Calls._touch"),
+    ("session", "sandboxd.sessions.manager:Manager.start"),
+    ("snapshot", "sandboxd.vault.vault:Vault.snapshot"),
+    ("serve its socket", "sandboxd.broker.socket:_listener"),
+    ("keep its record", "sandboxd.vault.vault:Vault.put_session"),
     ("encode", "sandboxd.broker.mcp:_encode"),
     ("write", "trio:SocketStream.send_all"),
 )

@@ -111,11 +111,11 @@ def summary(told: Mapping[str, Any], outside: Mapping[str, str]) -> str:
     """The walls that a probe saw around it, in a few words: of other programs, to compare."""
     status, spaces = told["status"], told["namespaces"]
     own = [name for name in NAMESPACES if spaces[name] != outside[name]]
-    empty = not any(int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd"))
+    left = [name for name in _CAPABILITIES if int(status[name], 16)]
     parts = [f"{len(own)} of {len(NAMESPACES)} namespaces"]
     if missing := [name for name in NAMESPACES if name not in own]:
         parts[0] += f" (not {', '.join(missing)})"
-    parts.append("no capabilities" if empty else f"CapEff {int(status['CapEff'], 16):x}")
+    parts.append(f"capabilities left in {', '.join(left)}" if left else "no capabilities")
     parts.append("no_new_privs" if status["NoNewPrivs"] == "1" else "privileges can be gained")
     parts.append("seccomp" if status["Seccomp"] == "2" else "no seccomp")
     parts.append("Landlock" if told["from /dev/shm"] == "EACCES" else "no Landlock")

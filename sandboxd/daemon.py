@@ -27,6 +27,8 @@ from sandboxd.broker.socket import serve_session_socket
 from sandboxd.errors import SandboxdError, Unavailable
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.uids import UidPool
+from sandboxd.policy.mcpserver import with_pins
+from sandboxd.policy.pinstore import PinStore
 from sandboxd.running import Boot, Daemon, load
 from sandboxd.service import Service
 from sandboxd.sessions.manager import Manager
@@ -102,15 +104,17 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
 async def _parts(boot: Boot) -> AsyncIterator[Daemon]:
     config = load(boot.paths)
     vault = await trio.to_thread.run_sync(Vault.open, boot.paths.store, boot.key)
-    for warning in (*config.warnings, *vault.warnings):
-        _log.warning("%s", warning)
     try:
+        pins = PinStore.open(boot.paths.pins, vault.subkey("accepted tools"))
+        config = with_pins(config, pins.pins)
+        for warning in (*config.warnings, *vault.warnings):
+            _log.warning("%s", warning)
         audit = await trio.to_thread.run_sync(
             AuditLog.open, boot.paths.audit, vault.subkey("audit")
         )
         try:
             async with open_launcher(boot.launcher) as launcher:
-                yield Daemon(boot, config, vault, audit, launcher)
+                yield Daemon(boot, config, vault, audit, launcher, pins)
         finally:
             audit.close()
     finally:
@@ -133,9 +137,10 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         try:
-            await serve_session_socket(
-                session.socket, session, daemon.calls, task_status=task_status
-            )
+            async with daemon.calls.servers.attached(session):
+                await serve_session_socket(
+                    session.socket, session, daemon.calls, task_status=task_status
+                )
         finally:
             with trio.move_on_after(_ENDING, shield=True):
                 await daemon.calls.end_session(session.id)

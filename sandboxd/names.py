@@ -13,7 +13,9 @@ from sandboxd.errors import Invalid
 __all__ = [
     "agent_slug",
     "loader_reason",
+    "mcp_tool_name",
     "new_session_id",
+    "server_name",
     "session_id",
     "tool_name",
     "variable_name",
@@ -26,7 +28,9 @@ MAX_ENV_STRING = 131_072
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
-_TOOL = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_TOOL = re.compile(r"[a-z][a-z0-9_-]{0,63}|(?=.{1,64}\Z)[a-z][a-z0-9_-]*?__[A-Za-z0-9_-]+")
+_SERVER = re.compile(r"(?=.{1,32}\Z)[a-z][a-z0-9]*(?:[_-][a-z0-9]+)*")
+_MCP_TOOL = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _SESSION = re.compile(r"s-[0-9a-f]{16}")
 
 _LOADER = "the dynamic loader obeys it, so it can run code inside the tool before its first line"
@@ -191,11 +195,34 @@ def agent_slug(name: str) -> str:
 
 
 def tool_name(name: str) -> str:
-    """A tool's name: a lower-case letter, then lower-case letters, digits, ``_``, ``-``; to 64."""
+    """A tool's name: a lower-case letter, then lower-case letters, digits, ``_``, ``-``; to 64.
+
+    Behind a server's name and ``__`` an MCP server's own name for it, which has capitals too.
+    """
     if not _TOOL.fullmatch(name):
         raise Invalid(
             f"{shown(name)} is not a tool name",
             hint="use a lower-case letter, then lower-case letters, digits, _ or -, 64 at most",
+        )
+    return name
+
+
+def server_name(name: str) -> str:
+    """An MCP server's name: as a tool's, but 32 at most and no two ``_`` or ``-`` in a row."""
+    if not _SERVER.fullmatch(name):
+        raise Invalid(
+            f"{shown(name)} is not a server name",
+            hint="use lower-case letters and digits, with single _ or - between them, 32 at most",
+        )
+    return name
+
+
+def mcp_tool_name(name: str) -> str:
+    """A tool's name as an MCP server says it (MCP 2025-11-25, "Tool Names")."""
+    if not _MCP_TOOL.fullmatch(name):
+        raise Invalid(
+            f"{shown(name)} is not the name of an MCP tool",
+            hint="write it as the server does: letters, digits, _, - and .; without a prefix",
         )
     return name
 

@@ -39,6 +39,11 @@ class Paths:
         return self.state / "audit"
 
     @property
+    def pins(self) -> Path:
+        """What operators accepted of MCP servers."""
+        return self.state / "accepted-tools"
+
+    @property
     def lock(self) -> Path:
         return self.state / "lock"
 
@@ -110,7 +115,7 @@ class Paths:
 
 
 def shipped(kind: str) -> Path:
-    """The folder of shipped ``tools``, ``policies`` or ``systemd`` files.
+    """The folder of shipped ``tools``, ``policies``, ``schemas`` or ``systemd`` files.
 
     An installed package carries them below itself, a checkout beside itself.
     """

@@ -15,6 +15,8 @@ from sandboxd.errors import SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher
 from sandboxd.paths import Paths, shipped
 from sandboxd.policy import Config, Settings, load_config
+from sandboxd.policy.mcpserver import Pin, with_pins
+from sandboxd.policy.pinstore import PinStore
 from sandboxd.privileges import Identity
 from sandboxd.secret import Secret
 from sandboxd.service import Service
@@ -54,6 +56,7 @@ class Daemon:
     vault: Vault
     audit: AuditLog
     launcher: Launcher
+    pins: PinStore
     started_at: float = field(default_factory=time.time)
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
@@ -61,7 +64,8 @@ class Daemon:
 
     async def check(self) -> Config:
         """Read the configuration anew without applying it. ConfigErrors lists all that is wrong."""
-        return await trio.to_thread.run_sync(load, self.boot.paths)
+        loaded = await trio.to_thread.run_sync(load, self.boot.paths)
+        return with_pins(loaded, self.pins.pins)
 
     async def reload(self, by: str) -> bool:
         """Put a valid new configuration in force; whether it differs from the old one.
@@ -92,6 +96,29 @@ class Daemon:
             return changed
         finally:
             self.boot.service.ready(self.status())
+
+    async def accept(self, pin: Pin, by: str) -> bool:
+        """Accept what a server offers and put the configuration in force; whether it differs.
+
+        Raises what a reload raises; the acceptance itself stands then.
+        """
+        async with self._reloading:
+            await self.audit.append(
+                "tools.accepted",
+                by=by,
+                server=pin.server,
+                digest=pin.digest,
+                tools=[definition.name for definition in pin.definitions],
+            )
+            await trio.to_thread.run_sync(self.pins.put, pin)
+            return await self._reload(by)
+
+    async def unaccept(self, server: str, by: str) -> bool:
+        """Accept nothing of ``server`` any more; whether the configuration in force differs."""
+        async with self._reloading:
+            await self.audit.append("tools.forgotten", by=by, server=server)
+            await trio.to_thread.run_sync(self.pins.remove, server)
+            return await self._reload(by)
 
     def warnings(self) -> list[str]:
         """What is wrong with the configuration in force, and what of it is not in force yet."""

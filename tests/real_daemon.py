@@ -26,11 +26,16 @@ from sandboxd.vault.custody import create_key_file
 BROKER_UID = 1_899_999_999
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for something that another process does; an AssertionError when it never comes."""
+def until(
+    condition: Callable[[], bool], seconds: float = 20.0, told: Callable[[], object] = str
+) -> None:
+    """Wait for something that another process does; an AssertionError when it never comes.
+
+    The error says what ``told`` then gives.
+    """
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited in vain {told()}"
         time.sleep(0.02)
 
 

@@ -13,6 +13,7 @@ from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.admin.server_methods import ServerMethods
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
@@ -32,6 +33,7 @@ class Methods:
     def table(self) -> Mapping[str, Method]:
         return {
             **VariableMethods(self._daemon).table(),
+            **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),

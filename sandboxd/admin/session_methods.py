@@ -12,6 +12,7 @@ import trio
 
 from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.broker.serverrun import Running
 from sandboxd.errors import Invalid, NotFound
 from sandboxd.names import session_id, shown
 from sandboxd.running import Daemon
@@ -114,6 +115,7 @@ class SessionMethods:
                     "network": None,
                     "isolation": [],
                     "tools": [],
+                    "servers": [],
                 }
             )
         used = await thread(usage, session.pid)
@@ -131,6 +133,9 @@ class SessionMethods:
                 "network": session.terms.network,
                 "isolation": layers(session.terms.network, self._daemon.launcher),
                 "tools": [tool.name for tool in self._daemon.calls.tools(session)],
+                "servers": [
+                    _server_row(one) for one in self._daemon.calls.servers.live(session.id)
+                ],
             }
         )
 
@@ -208,6 +213,18 @@ async def find_record(daemon: Daemon, id: str) -> SessionRecord:
             hint="see: sandboxctl session list --all",
         )
     return found[0]
+
+
+def _server_row(running: Running) -> dict[str, Any]:
+    return {
+        "id": running.id,
+        "server": running.server.name,
+        "pid": running.pid,
+        "started_at": iso(running.started_at),
+        "lifetime": running.server.lifetime,
+        "calls": running.total,
+        "variables": dict(running.versions),
+    }
 
 
 def _record_row(record: SessionRecord) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from sandboxd.admin.params import known_agent, param, thread
 from sandboxd.admin.server import Caller, Method
 from sandboxd.broker.calls import Session
+from sandboxd.broker.result import printed
 from sandboxd.errors import Conflict, Invalid
 from sandboxd.names import new_session_id
 from sandboxd.policy import Agent, Config
@@ -64,7 +65,8 @@ class ToolMethods:
         finally:
             if isinstance(session, _Standing):
                 self._daemon.calls.forget(session.id)
-        for stream, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+        stdout = result.stdout + printed(result.content or ())
+        for stream, data in (("stdout", stdout), ("stderr", result.stderr)):
             for start in range(0, len(data), _PIECE):
                 piece = base64.b64encode(data[start : start + _PIECE]).decode()
                 yield {"stream": stream, "data": piece}

@@ -16,6 +16,7 @@ from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Invalid, SandboxdError
 from sandboxd.maskable import review
 from sandboxd.names import shown, variable_name
+from sandboxd.policy.mcpserver import server_of
 from sandboxd.policy.model import SecretSpec
 from sandboxd.running import Daemon
 from sandboxd.secret import Secret
@@ -172,6 +173,9 @@ class VariableMethods:
         """What the tools of the agent declare."""
         config = self._daemon.config
         tools = [config.tools[name] for name in config.agents[agent].tools if name in config.tools]
+        names = config.agents[agent].tools
+        servers = [server for name in names if (server := server_of(config, name)) is not None]
+        tools += [server.launch for server in servers]
         return [secret for tool in tools for secret in tool.secrets]
 
     def _plain(self, agent: str) -> Collection[str]:

@@ -22,21 +22,24 @@ import trio
 from sandboxd.audit import JSON, AuditLog
 from sandboxd.broker import descriptors
 from sandboxd.broker.approvals import Approvals
-from sandboxd.broker.brief import brief, check
+from sandboxd.broker.brief import brief
 from sandboxd.broker.capture import Capture, Progress, Stream
+from sandboxd.broker.chosen import Chosen, choose, unseal
 from sandboxd.broker.failures import failed_result, first
 from sandboxd.broker.gate import Bounds, Busy, Gate, Share
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
+from sandboxd.broker.servers import Servers, Tally
 from sandboxd.broker.session import Session
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
-from sandboxd.policy.model import SecretSpec, Tool
-from sandboxd.secret import Secret
-from sandboxd.vault.vault import Sealed, Snapshot, Vault
+from sandboxd.policy.mcpserver import McpTool
+from sandboxd.policy.model import Tool
+from sandboxd.policy.programs import Held, bytes_to_hash, hold_program
+from sandboxd.vault.vault import Vault
 
 __all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
 
@@ -68,7 +71,8 @@ class _Live:
     ended: trio.Event = field(default_factory=trio.Event)
     versions: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
-    capture: Capture | None = None
+    held: Held | None = None
+    capture: Capture | Tally | None = None
     exit: Exit | None = None
     alive: bool = False
     asking: bool = False
@@ -80,7 +84,7 @@ class _Asked:
 
     waiting: Waiting
     decision: Decision
-    chosen: Sequence[tuple[SecretSpec, Sealed]]
+    chosen: Chosen
     progress: Progress | None
 
 
@@ -99,6 +103,7 @@ class Calls:
     ) -> None:
         self._vault, self._audit = vault, audit
         self._launcher, self._uids = launcher, uids
+        self.servers = Servers(vault=vault, audit=audit, launcher=launcher, uids=uids)
         self.approvals = approvals or Approvals(audit)
         bounds = bounds or Bounds()
         self._gate = Gate(
@@ -157,9 +162,10 @@ class Calls:
     async def cancel_using(self, agent: str, name: str, up_to: int) -> int:
         """End the calls that hold a version of the variable up to ``up_to``; how many there were.
 
-        Returns when their trees are dead.
+        MCP servers that hold one end as well. Returns when their trees are dead.
         """
-        return await self._cancel(
+        servers = self.servers.end_using(agent, name, up_to)
+        ended = await self._cancel(
             [
                 live
                 for live in self._live.values()
@@ -167,6 +173,9 @@ class Calls:
             ],
             f"the variable {name} was revoked",
         )
+        for server in servers:
+            await server.ended.wait()
+        return ended
 
     async def cancel_session(self, session_id: str) -> int:
         """End every call of a session; how many there were. Returns when their trees are dead."""
@@ -223,7 +232,7 @@ class Calls:
         """Decide and record; what was allowed and recorded goes on to run."""
         session = live.session
         decision = decide(session.config, session.agent, live.tool, arguments)
-        chosen, missing, revoked = self._choose(decision, session.snapshot)
+        chosen, missing, revoked = choose(self._vault, decision, session.snapshot)
         verdict, reason = decision.verdict, decision.reason
         if verdict != "deny" and revoked:
             verdict, reason = "deny", f"the variable {', '.join(revoked)} was revoked"
@@ -268,23 +277,6 @@ class Calls:
             return _Asked(asking.waiting, decision, chosen, progress)
         return await self._run(live, decision, chosen, progress)
 
-    def _choose(
-        self, decision: Decision, snapshot: Snapshot
-    ) -> tuple[list[tuple[SecretSpec, Sealed]], list[str], list[str]]:
-        """What an allowed call gets; the required variables that are missing or revoked."""
-        chosen: list[tuple[SecretSpec, Sealed]] = []
-        missing: list[str] = []
-        revoked: list[str] = []
-        for spec in decision.inject if decision.verdict != "deny" else ():
-            sealed = snapshot.variables.get(spec.variable)
-            if sealed is not None and self._vault.is_revoked(sealed):
-                revoked.append(str(spec.variable))
-            elif sealed is not None:
-                chosen.append((spec, sealed))
-            elif spec.required:
-                missing.append(str(spec.variable))
-        return chosen, missing, revoked
-
     def _may_deny(self, session: str) -> bool:
         """Whether one more denial of the session may be recorded now."""
         times = self._denials.setdefault(session, deque())
@@ -305,7 +297,7 @@ class Calls:
         self,
         live: _Live,
         decision: Decision,
-        chosen: Sequence[tuple[SecretSpec, Sealed]],
+        chosen: Chosen,
         progress: Progress | None,
     ) -> CallResult:
         """Run what was allowed. Its last record is written whatever happens, cancelled or not."""
@@ -318,6 +310,8 @@ class Calls:
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
             result = failed_result(live.id, live.tool, first(group))
         finally:
+            if live.held is not None:
+                live.held.close()
             with trio.move_on_after(_REAP, shield=True):
                 await self._record_end(live, result)
         return result
@@ -326,14 +320,19 @@ class Calls:
         self,
         live: _Live,
         decision: Decision,
-        chosen: Sequence[tuple[SecretSpec, Sealed]],
+        chosen: Chosen,
         progress: Progress | None,
     ) -> CallResult:
         """Unseal, launch, read to the end. The uid is free again once nothing runs as it."""
         tool = decision.tool
         assert tool is not None  # an allowed decision has one
-        await check(tool)
-        unsealed = await self._unseal(chosen)
+        if isinstance(tool, McpTool):
+            live.capture = Tally()
+            return await self.servers.call(
+                live.session, live.id, decision, chosen, live.capture, progress
+            )
+        live.held = await brief(bytes_to_hash(tool), hold_program, tool)
+        unsealed = await unseal(self._vault, chosen)
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
         shares = session.overlay >= 0 and decision.workspace != "none"
@@ -347,9 +346,10 @@ class Calls:
                 workspace=session.workspace,
                 overlay=shares,
                 template=session.id,
+                held=live.held,
             )
             ended = trio.CancelScope()
-            live.capture = Capture(
+            live.capture = capture = Capture(
                 {spec.variable: secret for spec, secret in unsealed if spec.redact},
                 limit=decision.output_limit,
                 kill=tool.on_overflow == "kill",
@@ -357,7 +357,7 @@ class Calls:
                 progress=progress,
             )
             ended.deadline = trio.current_time() + decision.timeout
-            await self._attend(live, prepared, live.capture, ended, tool.grace or 0.0)
+            await self._attend(live, prepared, capture, ended, tool.grace or 0.0)
         finally:
             if not live.alive and not shares:  # else something may still run as it
                 self._uids.release(uid, session.id, tool.name)
@@ -367,22 +367,10 @@ class Calls:
                 hint="one hangs in the kernel (state D in ps); the operator must see to the host",
             )
         timed_out = ended.cancelled_caught
-        result = result_of(
-            live.id, live.tool, decision, live.capture, live.exit, timed_out=timed_out
-        )
+        result = result_of(live.id, live.tool, decision, capture, live.exit, timed_out=timed_out)
         if tool.output_format != "json":
             return result
         return await trio.to_thread.run_sync(with_structure, result, tool)
-
-    async def _unseal(
-        self, chosen: Sequence[tuple[SecretSpec, Sealed]]
-    ) -> list[tuple[SecretSpec, Secret]]:
-        """The plaintexts. The vault waits for nobody here."""
-
-        def unseal() -> list[tuple[SecretSpec, Secret]]:
-            return [(spec, self._vault.unseal(sealed)) for spec, sealed in chosen]
-
-        return await brief(sum(len(sealed.ciphertext) for _, sealed in chosen), unseal)
 
     async def _attend(
         self,

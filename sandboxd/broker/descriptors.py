@@ -11,7 +11,7 @@ import trio
 from sandboxd.broker.launch import Prepared
 from sandboxd.isolation.wire import sealed_memfd
 
-__all__ = ["memory", "output", "reading", "standard_input"]
+__all__ = ["input_", "memory", "output", "reading", "standard_input"]
 
 
 def output(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
@@ -22,6 +22,15 @@ def output(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
     # The tool runs as another user: let it open /dev/stdout, which opens the pipe anew (proc(5)).
     os.fchmod(write, 0o666)
     return stream, write
+
+
+def input_(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
+    """A pipe to the tool: our end as a stream, its end as a descriptor that ``given`` closes."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    given.callback(os.close, read)
+    stream = trio.lowlevel.FdStream(write)
+    os.fchmod(read, 0o666)  # as for output
+    return stream, read
 
 
 def standard_input(prepared: Prepared, given: contextlib.ExitStack) -> int:

@@ -43,7 +43,7 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 Event = Literal["approval.asked", "approval.ended"]
 
 #: Notices that wait for a slow listener, and those under way at once. More are dropped, and told.
-_QUEUE, _AT_ONCE = 128, 4
+_QUEUE, _AT_ONCE = 64, 4
 #: Seconds before each try to reach a web server.
 _TRIES = (0.0, 1.0, 5.0)
 #: Seconds until certificate authorities are read again.
@@ -74,7 +74,7 @@ class Hooks:
         except trio.WouldBlock:
             self._dropped += 1
             if self._dropped == 1:
-                log.warning("hooks are too slow: not everybody is told of every question")
+                log.warning("hooks are too slow: questions go on, and nobody is told of some")
 
     async def run(self) -> None:
         """Notify until cancelled."""
@@ -82,6 +82,9 @@ class Hooks:
         async with trio.open_nursery() as nursery:
             async for event, waiting in self._receive:
                 await limit.acquire()
+                if self._dropped and not self._receive.statistics().current_buffer_used:
+                    log.warning("%d notices were dropped while hooks were slow", self._dropped)
+                    self._dropped = 0
                 nursery.start_soon(self._notify, event, waiting, limit)
 
     async def _notify(self, event: Event, waiting: Waiting, limit: trio.Semaphore) -> None:

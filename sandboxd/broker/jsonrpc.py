@@ -55,10 +55,13 @@ class Refused(Exception):
 
 
 class LineReader:
-    """The lines of a stream. Never holds more than one and a chunk."""
+    """The lines of a stream. Never holds more than one and a chunk.
 
-    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
-        self._stream = stream
+    Without ``resume`` a line that is too long is refused at once and the last one that is read.
+    """
+
+    def __init__(self, stream: trio.abc.ReceiveStream, *, resume: bool = True) -> None:
+        self._stream, self._resume = stream, resume
         self._buffer = bytearray()
         self._searched = 0  # up to here the buffer holds no newline
         self._start = b""  # of a line that is too long already; only its ends are kept
@@ -79,6 +82,9 @@ class LineReader:
             self._searched = len(self._buffer)
             if self._start or len(self._buffer) > MAX_LINE:
                 self._start = self._start or bytes(self._buffer[:_ENDS]) + b" "
+                if not self._resume:
+                    self._ended = True
+                    break
                 del self._buffer[:-_ENDS]
                 self._searched = len(self._buffer)
             data = await self._stream.receive_some(_CHUNK)

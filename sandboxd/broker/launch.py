@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandboxd.errors import Invalid
 from sandboxd.isolation.overlay import MERGED
-from sandboxd.isolation.runtime import python_argv, python_mounts
+from sandboxd.isolation.runtime import node_argv, node_mounts, python_argv, python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
 from sandboxd.policy.decide import Decision
 from sandboxd.policy.model import SecretSpec, Tool
+from sandboxd.policy.programs import TOOL_PATH, Held
 from sandboxd.secret import Secret
 from sandboxd.sessions.spec import launch_limits
 
@@ -33,7 +34,7 @@ _USER = "tool"
 _WORKSPACE = "/workspace"
 _TEMPORARY = "/tmp"  # noqa: S108 - the sandbox's own, private one
 _BASE = (
-    ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"),
+    ("PATH", TOOL_PATH),
     ("HOME", f"/home/{_USER}"),
     ("LANG", "C.UTF-8"),
     ("TMPDIR", _TEMPORARY),
@@ -59,8 +60,11 @@ def prepare(
     workspace: Path | None,
     overlay: bool = False,
     template: str = "",
+    held: Held | None = None,
 ) -> Prepared:
     """What to launch for an allowed ``decision``, from sandboxes kept ready for ``template``.
+
+    ``held``: the program as it was opened and found to be the right one; nothing else is run.
 
     ``overlay``: the workspace is the session's copy-on-write view, whose mount namespace the
     launch brings along.
@@ -87,7 +91,8 @@ def prepare(
             descriptors.append(value)
         else:
             stdin = value
-    argv = _argv(tool, decision)
+    argv = _argv(tool, decision, held)
+    program, pin = (held.execute if held else None) or ("", (0, 0))
     _check_size(tool, argv, env)
     access = decision.workspace if workspace is not None else "none"
     spec_out = LaunchSpec(
@@ -97,9 +102,15 @@ def prepare(
         uid=uid,
         cwd=_WORKSPACE if access != "none" else _TEMPORARY,
         network=decision.network,
-        hostname=tool.name.replace("_", "-"),
+        hostname=tool.name.replace("_", "-")[:32],
         user=_USER,
-        mounts=_mounts(tool, workspace, access, overlay=overlay),
+        program=str(program),
+        pin=pin,
+        mounts=(
+            *_own_mounts(tool, held),
+            *_mounts(tool, workspace, access, overlay=overlay),
+            *_program_mount(tool, held),
+        ),
         files=tuple(files),
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=launch_limits(decision.limits),
@@ -108,22 +119,43 @@ def prepare(
     return Prepared(spec_out, stdin, tuple(descriptors))
 
 
-def _argv(tool: Tool, decision: Decision) -> tuple[bytes, ...]:
+def _argv(tool: Tool, decision: Decision, held: Held | None) -> tuple[bytes, ...]:
     program = str(tool.program)
-    start = python_argv(program) if tool.runtime == "python" else (os.fsencode(program),)
+    if tool.runtime == "python":
+        start = python_argv(program)
+    elif tool.runtime == "node":
+        start = node_argv(program)
+    else:
+        start = tuple(map(os.fsencode, held.start if held else (program,)))
     return (*start, *(argument.encode() for argument in decision.argv))
+
+
+def _own_mounts(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
+    """The tool's interpreter and its folder, or what is in it beside the program."""
+    if tool.runtime == "python":
+        yield from python_mounts()
+    elif tool.runtime == "node":
+        yield from node_mounts()
+    if held is None or held.beside is None:
+        yield MountSpec(str(tool.directory), str(tool.directory))
+    else:
+        for path in held.beside:
+            yield MountSpec(str(path), str(path), optional=True)
+
+
+def _program_mount(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
+    """The program, above all that may hold its path as well."""
+    program, pin = Path(tool.program), held.program if held else (0, 0)
+    inside = program.is_relative_to(tool.directory)
+    if (inside and pin != (0, 0)) or not (inside or program.is_relative_to("/usr")):
+        yield MountSpec(str(program), str(program), pin=pin)
 
 
 def _mounts(
     tool: Tool, workspace: Path | None, access: str, *, overlay: bool
 ) -> tuple[MountSpec, ...]:
-    """The tool's own folder, its interpreter, what the manifest mounts, and the workspace."""
-    mounts = [MountSpec(str(tool.directory), str(tool.directory))]
-    if tool.runtime == "python":
-        mounts += python_mounts()
-    program = Path(tool.program)
-    if not program.is_relative_to(tool.directory) and not program.is_relative_to("/usr"):
-        mounts.append(MountSpec(str(program), str(program)))
+    """What the manifest mounts, and the workspace."""
+    mounts = []
     for mount in tool.mounts:
         mounts.append(
             MountSpec(

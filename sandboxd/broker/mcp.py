@@ -24,6 +24,7 @@ from mcp.server.lowlevel import Server
 from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.exceptions import MCPError
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
+from pydantic import TypeAdapter
 
 from sandboxd import __version__
 from sandboxd.broker.calls import Calls, Session
@@ -50,6 +51,8 @@ _REFUSING = 2.0
 #: Lines longer than this are parsed in a thread, so that other sessions don't wait for them.
 _LARGE = 256 << 10
 _CHUNK = 65536
+
+_BLOCK: TypeAdapter[types.ContentBlock] = TypeAdapter(types.ContentBlock)
 
 _INSTRUCTIONS = (
     "These tools run outside your sandbox, some with credentials that you cannot see and need not "
@@ -146,8 +149,10 @@ def _describe(tool: Tool) -> types.Tool:
 
 
 def _answer(result: CallResult) -> types.CallToolResult:
-    """Standard output, then standard error, then what people should know about the end."""
-    content: list[types.ContentBlock] = []
+    """What a server answered or a program printed, then what people should know about the end."""
+    content: list[types.ContentBlock] = [
+        _BLOCK.validate_python(block) for block in result.content or ()
+    ]
     for name, data, form in (
         ("stdout", result.stdout, result.output_format),
         ("stderr", result.stderr, "auto"),
@@ -157,7 +162,7 @@ def _answer(result: CallResult) -> types.CallToolResult:
     explanation = result.message
     if result.hint:
         explanation += f"\nhint: {result.hint}"
-    if not explanation and not content:
+    if not explanation and not content and result.content is None:
         explanation = "(no output)"
     if explanation:
         content.append(types.TextContent(type="text", text=explanation))

@@ -19,6 +19,7 @@ from sandboxd.audit import JSON
 from sandboxd.broker.result import CallResult
 from sandboxd.broker.session import Session
 from sandboxd.policy.decide import Decision
+from sandboxd.policy.mcpserver import McpTool
 from sandboxd.policy.model import Access, Limits, Network, SecretSpec, Verdict
 from sandboxd.vault.vault import Sealed
 
@@ -162,6 +163,7 @@ def question_of(
         "arguments": arguments,
         "program": str(tool.program),
         "program_digest": tool.digest,
+        "definition": tool.pin if isinstance(tool, McpTool) else None,
         "argv": list(decision.argv),
         "stdin": None if decision.stdin is None else hashlib.sha256(decision.stdin).hexdigest(),
         "secrets": [dict(secret) for secret in secrets],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from sandboxd.policy.decide import Decision
 from sandboxd.policy.model import OutputFormat, Tool
 from sandboxd.policy.results import parse_output
 
-__all__ = ["CallResult", "Outcome", "result_of", "with_structure"]
+__all__ = ["CallResult", "Outcome", "printed", "result_of", "with_structure"]
 
 Outcome = Literal["ok", "denied", "failed", "timeout", "cancelled", "overflow", "busy"]
 
@@ -37,6 +39,17 @@ class CallResult:
     rule: str = ""
     output_format: OutputFormat = "auto"
     structured: dict[str, Any] | None = field(default=None, repr=False)
+    #: What an MCP server answered, where one did: blocks as the protocol has them.
+    content: tuple[dict[str, Any], ...] | None = field(default=None, repr=False)
+
+
+def printed(content: Iterable[Mapping[str, Any]]) -> bytes:
+    """What a server answered, as a terminal shows it: texts as they are, the rest as JSON."""
+    lines = [
+        block["text"] if block["type"] == "text" else json.dumps(block, ensure_ascii=False)
+        for block in content
+    ]
+    return "".join(line if line.endswith("\n") else line + "\n" for line in lines).encode()
 
 
 def result_of(

@@ -17,7 +17,7 @@ from sandboxd.errors import SandboxdError
 
 __all__ = ["Node", "add", "nodes"]
 
-_KINDS = ("agents", "tools", "sessions", "variables", "approvals")
+_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def print_names(args: argparse.Namespace) -> int:
                 names = [row["slug"] for row in daemon.call("agents.list")["agents"]]
             elif args.kind == "tools":
                 names = [row["name"] for row in daemon.call("tools.list")["tools"]]
+            elif args.kind == "servers":
+                names = [row["server"] for row in daemon.call("tools.pins")["servers"]]
             elif args.kind == "sessions":
                 names = [row["id"] for row in daemon.call("session.list", all=False)["sessions"]]
             elif args.kind == "approvals":

@@ -1,4 +1,4 @@
-"""``sandboxctl config check``, and the configuration as the files say it."""
+"""``sandboxctl config check|schema``, and the configuration as the files say it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ __all__ = ["add", "add_check", "load_files"]
 def add(commands: Commands, name: str, line: str) -> None:
     nouns = group(commands, name, help=line)
     add_check(nouns, "config")
+    parser = command(
+        nouns,
+        "schema",
+        schema,
+        help="print the JSON Schema of a configuration file, for an editor",
+        description="Print the JSON Schema (2020-12) of one kind of configuration file. Editors "
+        "complete and check by it; what spans files or depends on the host is said by "
+        "sandboxctl policy check alone.",
+        examples=[
+            ("sandboxctl config schema tool > tool.schema.json", "of tool.yaml"),
+        ],
+    )
+    parser.add_argument(
+        "kind", choices=("sandboxd", "agent", "tool", "policy"), help="the kind of file"
+    )
 
 
 def add_check(nouns: Commands, noun: str) -> None:
@@ -51,6 +66,13 @@ def check(args: argparse.Namespace) -> int:
     for warning in got.get("warnings", ()):
         output.note(f"warning: {warning}")
     print(f"the configuration is valid ({got['generation'][:12]})")
+    return 0
+
+
+def schema(args: argparse.Namespace) -> int:
+    from sandboxd.paths import shipped
+
+    print((shipped("schemas") / f"{args.kind}.json").read_text(), end="")
     return 0
 
 

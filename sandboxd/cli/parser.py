@@ -23,7 +23,7 @@ NOUNS: dict[str, tuple[str, str]] = {
     "policy": ("policy", "check policies, explain a decision, see what a reload would change"),
     "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
     "audit": ("audit", "read and verify the audit log"),
-    "config": ("config", "check the configuration"),
+    "config": ("config", "check the configuration, print its schemas"),
     "reload": ("status", "apply a changed configuration"),
     "doctor": ("host", "what this host offers for isolation, and what is missing"),
     "demo": ("host", "show the whole promise on real processes, in a temporary directory"),

@@ -35,7 +35,22 @@ def add(commands: Commands, name: str, line: str) -> None:
         metavar="WORD",
         help="only probes for threats that contain WORD; may be repeated",
     )
+    parser.add_argument(
+        "--patience",
+        type=factor,
+        default=1.0,
+        metavar="FACTOR",
+        help="multiply every limit of time: 4 for an emulated host (default 1, at most 20)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="print every row")
+
+
+def factor(text: str) -> float:
+    """A number from 1 to 20."""
+    number = float(text)
+    if not 1 <= number <= 20:  # not a number is refused as well
+        raise argparse.ArgumentTypeError("from 1 to 20")
+    return number
 
 
 def selftest(args: argparse.Namespace) -> int:

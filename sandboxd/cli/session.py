@@ -141,6 +141,11 @@ def show(args: argparse.Namespace) -> int:
         output.print_json(got)
         return 0
     variables = got.get("variables") or {}
+    servers = [
+        f"{row['server']} (pid {row['pid']}, {output.amount(row['calls'], 'call')}, "
+        f"since {output.when(row['started_at'])})"
+        for row in got.get("servers") or []
+    ]
     output.fields(
         [
             ("session", got["id"]),
@@ -154,6 +159,7 @@ def show(args: argparse.Namespace) -> int:
             *([("changes", got["changes"])] if got.get("changes") else []),
             ("network", got.get("network") or "-"),
             ("tools", got.get("tools") or []),
+            *([("servers", servers)] if servers else []),
             ("variables", [f"{name} (version {number})" for name, number in variables.items()]),
             ("isolation", [_layer(layer) for layer in got.get("isolation") or []]),
             ("lowered", got.get("lowered") or []),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sandboxd.cli import authoring, lint, output
+from sandboxd.cli import authoring, lint, output, servers
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command, group
 
@@ -29,6 +29,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.lookups["agent"] = "agents"
     lint.add(nouns)
     authoring.add(nouns)
+    servers.add(nouns)
 
 
 def list_(args: argparse.Namespace) -> int:

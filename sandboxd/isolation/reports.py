@@ -75,6 +75,8 @@ def _hint(call: str, code: int, path: str) -> str:
         return f"{path} is not in the sandbox, or its interpreter isn't; mount what it needs"
     if call == "execve" and code == errno.EACCES:
         return f"{path} is not executable in the sandbox"
+    if code == errno.ESTALE:
+        return f"{path} was replaced while the call was starting; look at what does that"
     if call == "execve" and code == errno.E2BIG:
         return "arguments and environment are larger than the kernel takes (execve(2), E2BIG)"
     if call == "mount_setattr" and code == errno.EINVAL:

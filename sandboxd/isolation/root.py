@@ -20,7 +20,7 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec, MountSpec
 
-__all__ = ["READONLY", "Root", "mount_point", "private_places", "system_layout"]
+__all__ = ["READONLY", "Root", "check_pin", "mount_point", "private_places", "system_layout"]
 
 #: Programs and libraries. A host path that is a symbolic link (/bin -> usr/bin on merged-/usr
 #: systems) is copied as a link.
@@ -167,6 +167,7 @@ class Root:
             if mount.optional and failure.errno in _ABSENT:
                 return None
             raise
+        check_pin(source, mount.pin, mount.source)
         userns = self._idmap(source, mount) if mount.idmap and self.privileged else -1
         # A user namespace may not leave out mounts below the source (they could be what hides a
         # directory), an id-mapped copy must: their file systems need not support the mapping.
@@ -374,6 +375,16 @@ class Root:
         parent = os.fstat(at)
         if parent.st_uid == self.uid and parent.st_dev in self.memory:
             os.chown(name, self.uid, self.gid, dir_fd=at, follow_symlinks=False)
+
+
+def check_pin(fd: int, pin: tuple[int, int], path: str) -> None:
+    """KernelError (ESTALE) when ``fd`` is not the file of that device and inode number.
+
+    Whoever gave the numbers holds the file open, so nothing else can have them meanwhile.
+    """
+    there = os.fstat(fd)
+    if pin not in ((0, 0), (there.st_dev, there.st_ino)):
+        raise KernelError("open", errno.ESTALE, path)
 
 
 def private_places(spec: LaunchSpec) -> tuple[tuple[str, int], ...]:

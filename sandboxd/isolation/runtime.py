@@ -1,21 +1,37 @@
-"""The daemon's own Python, made visible in a sandbox for tools that say ``runtime: python``."""
+"""Interpreters made visible in a sandbox, for tools that say ``runtime: python`` or ``node``."""
 
 from __future__ import annotations
 
 import functools
 import os
 import pwd
+import shutil
 import sys
 from pathlib import Path
 
+from sandboxd.errors import Unavailable
 from sandboxd.isolation.wire import MountSpec
 
-__all__ = ["python_argv", "python_mounts", "python_prefixes"]
+__all__ = ["node_argv", "node_mounts", "python_argv", "python_mounts", "python_prefixes"]
 
 
 def python_argv(program: str) -> tuple[bytes, ...]:
     """How the daemon's interpreter runs ``program``: isolated (-I), and leaving no .pyc (-B)."""
     return (os.fsencode(sys.executable), b"-I", b"-B", os.fsencode(program))
+
+
+def node_argv(program: str) -> tuple[bytes, ...]:
+    """How this host's Node.js runs ``program``. Raises Unavailable where there is none."""
+    return (os.fsencode(_node()), os.fsencode(program))
+
+
+def node_mounts() -> tuple[MountSpec, ...]:
+    """Read-only mounts that show Node.js where it is, when that is not below /usr."""
+    binary = Path(_node())
+    if binary.is_relative_to("/usr"):
+        return ()
+    parts = [binary, binary.parent.parent / "lib"]
+    return tuple(MountSpec(str(part), str(part)) for part in parts if part.exists())
 
 
 def python_mounts() -> tuple[MountSpec, ...]:
@@ -52,6 +68,17 @@ def python_prefixes() -> tuple[str, ...]:
         for path in outside
         if not any(path != other and Path(path).is_relative_to(other) for other in outside)
     )
+
+
+@functools.cache
+def _node() -> str:
+    found = shutil.which("node")
+    if found is None:
+        raise Unavailable(
+            "there is no node on this host that the daemon could start",
+            hint="install Node.js, or put its directory on the daemon's PATH; then restart it",
+        )
+    return str(Path(found).resolve())
 
 
 @functools.cache

@@ -11,18 +11,19 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import resource
 import signal
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import clocks, kernel, landlock, overlay, seccomp
-from sandboxd.isolation.root import Root, system_layout
+from sandboxd.isolation.root import Root, check_pin, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     MAX_SPEC,
@@ -34,7 +35,17 @@ from sandboxd.isolation.wire import (
     failed,
 )
 
-__all__ = ["INSIDE_ID", "SIGNALS", "build", "enter", "limit", "prepare", "restrict", "setup_failed"]
+__all__ = [
+    "INSIDE_ID",
+    "SIGNALS",
+    "build",
+    "enter",
+    "limit",
+    "open_program",
+    "prepare",
+    "restrict",
+    "setup_failed",
+]
 
 #: The user and group id that every sandboxed program sees as its own.
 INSIDE_ID = 1000
@@ -187,7 +198,7 @@ def _spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
         done = fcntl.fcntl(done, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
         try:
             _exec(spec, streams, done)
-        except OSError as failure:
+        except (OSError, KernelError) as failure:
             os.write(done, (failure.errno or errno.EINVAL).to_bytes(4, "big"))
         except BaseException:
             os.write(done, errno.EINVAL.to_bytes(4, "big"))
@@ -215,8 +226,37 @@ def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:
     os.umask(0o022)
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
+    program = open_program(spec)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.execve(spec.argv[0], spec.argv, dict(spec.env))
+    os.execve(spec.argv[0] if program < 0 else program, spec.argv, dict(spec.env))
+
+
+def open_program(spec: LaunchSpec) -> int:
+    """The pinned program as the sandbox shows it, to be executed by this very descriptor; or -1.
+
+    What the sandbox mounts of pinned files must be there still: with a directory entry of the
+    host goes what is mounted on it, in every namespace (rename(2), unlink(2)). Raises OSError and
+    KernelError, ESTALE where another file stands in the place of one.
+    """
+    for mount in spec.mounts:
+        if mount.pin != (0, 0):
+            with _opened(mount.target) as fd:
+                check_pin(fd, mount.pin, mount.target)
+    if spec.pin == (0, 0):
+        return -1
+    path = spec.program or os.fsdecode(spec.argv[0])
+    with _opened(path) as fd:
+        check_pin(fd, spec.pin, path)
+        return os.dup(fd)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def limit(limits: Limits) -> None:

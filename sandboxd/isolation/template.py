@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -29,7 +30,14 @@ from sandboxd.isolation import kernel, spawn
 from sandboxd.isolation.cgroup import Cgroup
 from sandboxd.isolation.lasting import LastingRoot, Traces
 from sandboxd.isolation.meter import Meter
-from sandboxd.isolation.sandbox import SIGNALS, build, limit, restrict, setup_failed
+from sandboxd.isolation.sandbox import (
+    SIGNALS,
+    build,
+    limit,
+    open_program,
+    restrict,
+    setup_failed,
+)
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     FRAME,
@@ -179,11 +187,30 @@ class _Template:
                 start += os.write(fd, view[start:end])
         argv = [base + start for start, _ in own.argv]
         env = [base + start for start, _, _ in own.env]
-        pid, code = spawn.spawn(argv[0], argv, env, self._streams(launch.fds))
+        pid, code = self._spawn(argv, env, self._streams(launch.fds))
         if code:
-            program = os.fsdecode(bytes(view[slice(*own.argv[0])]))
-            raise KernelError("execve", code, program)
+            path = self.spec.program or os.fsdecode(bytes(view[slice(*own.argv[0])]))
+            raise KernelError("execve", code, path)
         return pid
+
+    def _spawn(
+        self, argv: list[int], env: list[int], streams: list[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """The pid and 0, or 0 and the errno of what failed."""
+        try:
+            fd = open_program(self.spec)
+        except (OSError, KernelError) as failure:
+            return 0, failure.errno or errno.EINVAL
+        if fd < 0:
+            return spawn.spawn(argv[0], argv, env, streams)
+        free = max(target for _, target in streams) + 1
+        program = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, free)  # where no stream takes its place
+        os.close(fd)
+        try:
+            name = ctypes.create_string_buffer(b"/proc/self/fd/%d" % program)
+            return spawn.spawn(ctypes.addressof(name), argv, env, streams)
+        finally:
+            os.close(program)
 
     def _streams(self, fds: array.array[int]) -> list[tuple[int, int]]:
         """Which descriptor goes to which number, no source being overwritten before its turn."""

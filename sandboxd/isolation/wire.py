@@ -126,6 +126,8 @@ class MountSpec:
 
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
     last descriptor, made by a launch with an :class:`OverlaySpec`.
+
+    ``pin``: device and inode number that the source must have; (0, 0): whatever is there.
     """
 
     source: str
@@ -135,6 +137,7 @@ class MountSpec:
     idmap: bool = False
     optional: bool = False
     shared: bool = False
+    pin: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -208,12 +211,17 @@ class LaunchSpec:
 
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
+
+    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: the device
+    and inode number that it must have; (0, 0): whatever is there.
     """
 
     id: str
     argv: tuple[bytes, ...] = field(repr=False)
     env: tuple[tuple[bytes, bytes], ...] = field(repr=False)
     uid: int
+    program: str = ""
+    pin: tuple[int, int] = (0, 0)
     cwd: str = "/"
     network: str = "none"  # or "host"
     hostname: str = "sandbox"
@@ -234,7 +242,8 @@ class LaunchSpec:
 
 def check_spec(spec: LaunchSpec) -> None:
     """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value."""
-    if not spec.argv or not spec.argv[0].startswith(b"/"):
+    program = os.fsencode(spec.program) or b"".join(spec.argv[:1])
+    if not spec.argv or not program.startswith(b"/") or b"\0" in program:
         raise Invalid("a sandbox needs a program, by its absolute path")
     if any(b"\0" in argument for argument in spec.argv):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
@@ -316,7 +325,9 @@ def lasting_part(spec: LaunchSpec) -> bytes:
     """The encoded fields that two launches from one template have in common."""
     out = _Writer()
     out.number(spec.uid)
-    for text in (spec.cwd, spec.network, spec.hostname, spec.user, spec.template):
+    for number in spec.pin:
+        out.number(number)
+    for text in (spec.program, spec.cwd, spec.network, spec.hostname, spec.user, spec.template):
         out.text(text)
     out.number(spec.tty)
     out.number(len(spec.mounts))
@@ -365,6 +376,8 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         argv=(),
         env=(),
         uid=read.number(),
+        pin=(read.number(), read.number()),
+        program=read.text(),
         cwd=read.text(),
         network=read.text(),
         hostname=read.text(),
@@ -451,11 +464,15 @@ def _put_mount(out: _Writer, mount: MountSpec) -> None:
     out.text(mount.target)
     flags = (mount.readonly, mount.noexec, mount.idmap, mount.optional, mount.shared)
     out.number(sum(1 << bit for bit, on in enumerate(flags) if on))
+    for number in mount.pin:
+        out.number(number)
 
 
 def _get_mount(read: _Reader) -> MountSpec:
     source, target, flags = read.text(), read.text(), read.number()
-    return MountSpec(source, target, *(bool(flags & 1 << bit) for bit in range(5)))
+    readonly, noexec, idmap, optional, shared = (bool(flags & 1 << bit) for bit in range(5))
+    pin = read.number(), read.number()
+    return MountSpec(source, target, readonly, noexec, idmap, optional, shared, pin)
 
 
 class _Writer:

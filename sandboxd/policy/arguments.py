@@ -35,6 +35,7 @@ __all__ = [
     "check_schema",
     "explain",
     "parse_arguments",
+    "references",
 ]
 
 #: Bytes of one call's arguments as JSON.
@@ -100,7 +101,7 @@ def check_schema(schema: Any, key: str = "input") -> Draft202012Validator:
     schema = strict_patterns(schema)
     registry: Registry[Any] = Registry()
     resolver = registry.resolver_with_root(DRAFT202012.create_resource(schema))
-    for path, reference in _references(schema, ()):
+    for path, reference in references(schema, ()):
         if not reference.startswith("#"):
             raise Wrong(
                 f"the reference {shown(reference)} leads outside this schema",
@@ -136,16 +137,17 @@ def _check_unique(value: Any, path: tuple[str | int, ...]) -> None:
             _check_unique(item, (*path, key))
 
 
-def _references(value: Any, path: tuple[str | int, ...]) -> Any:
+def references(value: Any, path: tuple[str | int, ...]) -> Any:
+    """Every ``$ref`` and ``$dynamicRef`` of a schema, with the path that leads to it."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key in ("$ref", "$dynamicRef") and isinstance(inner, str):
                 yield (*path, key), inner
             elif key not in LITERALS or isinstance(inner, dict):
-                yield from _references(inner, (*path, key))
+                yield from references(inner, (*path, key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _references(inner, (*path, index))
+            yield from references(inner, (*path, index))
 
 
 def _check_bounds(value: Any) -> None:

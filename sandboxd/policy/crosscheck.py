@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 from sandboxd import names
 from sandboxd.errors import Invalid
 from sandboxd.policy.decide import matches_glob
+from sandboxd.policy.definitions import exposed
 from sandboxd.policy.files import Trust
-from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy
+from sandboxd.policy.mcpserver import SEPARATOR
+from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy, Tool
 from sandboxd.policy.policyfile import Written
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.toolcheck import check_environment, check_mounts
@@ -41,6 +43,10 @@ def check(
         _check_reach(_agent_places(agent), document, loaded, directory, problems)
     for tool, document in loaded.tools.values():
         _check_reach(_mount_places(tool.mounts), document, loaded, directory, problems)
+        _check_home(tool, document, loaded, problems)
+    for server, document in loaded.servers.values():
+        _check_reach(_mount_places(server.mounts), document, loaded, directory, problems)
+        _check_home(server.launch, document, loaded, problems)
     for written in loaded.policies.values():
         _check_rules(written, loaded, problems)
         _warn_of_shadowed(written, problems)
@@ -145,8 +151,10 @@ def _check_agent(
         at = document.at(("tools", index))
         if name in seen:
             problems.add(file, at, f"the tool '{name}' is listed twice")
-        elif name not in loaded.tools and name not in loaded.broken["tools"]:
-            problems.add(file, at, f"no tool '{name}'", nearest(name, loaded.tools))
+        elif not _is_tool(name, loaded):
+            problems.add(
+                file, at, f"no tool '{name}'", nearest(name, (*loaded.tools, *loaded.servers))
+            )
         seen.add(name)
     policy = policies.get(agent.policy)
     if policy is None:
@@ -166,7 +174,7 @@ def _check_agent(
             "take a policy with agent_network: host, such as 'agent'",
         )
     for index, name in enumerate(agent.tools):
-        tool = loaded.tools.get(name)
+        tool = loaded.tools.get(name) or loaded.servers.get(name.partition(SEPARATOR)[0])
         if tool and tool[0].network == "host" and policy.network == "none":
             problems.warn(
                 file,
@@ -194,10 +202,11 @@ def _check_quota(agent: Agent, document: Document, problems: Problems) -> None:
 
 def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
     document = written.document
+    tools = {*loaded.tools, *loaded.broken["tools"], *_exposed(loaded)}
     kinds: tuple[tuple[str, str, set[str]], ...] = (
-        ("allow", "tool", {*loaded.tools, *loaded.broken["tools"]}),
-        ("deny", "tool", {*loaded.tools, *loaded.broken["tools"]}),
-        ("ask", "tool", {*loaded.tools, *loaded.broken["tools"]}),
+        ("allow", "tool", tools),
+        ("deny", "tool", tools),
+        ("ask", "tool", tools),
         ("agents", "agent", {*loaded.agents, *loaded.broken["agents"]}),
     )
     for index, rule in enumerate(written.file.rules):
@@ -206,6 +215,8 @@ def _check_rules(written: Written, loaded: Loaded, problems: Problems) -> None:
             stated = isinstance(document.value["rules"][index].get(key), list)
             for position, pattern in enumerate(globs.patterns if globs else ()):
                 path: Place = ("rules", index, key, *((position,) if stated else ()))
+                if kind == "tool" and _is_of_server(pattern, loaded):
+                    continue  # only the server itself knows them
                 if "*" not in pattern and pattern not in known:
                     problems.add(
                         document.file,
@@ -259,6 +270,8 @@ def _check_argument(
     problems: Problems,
 ) -> None:
     """A condition on an argument that no matching tool has can only be a mistake."""
+    if any(_may_match(pattern, loaded) for pattern in patterns):
+        return  # of a server's tools the arguments are known when they are accepted
     matching = [
         tool
         for tool, _ in loaded.tools.values()
@@ -272,6 +285,42 @@ def _check_argument(
             f"no tool that this rule matches has an argument '{name}'",
             nearest(name, properties),
         )
+
+
+def _is_tool(name: str, loaded: Loaded) -> bool:
+    """Whether an agent may list ``name``: a tool, a server, or one tool that a server may offer."""
+    if name in loaded.tools or name in loaded.servers or name in loaded.broken["tools"]:
+        return True
+    return name in _exposed(loaded) or _is_of_server(name, loaded)
+
+
+def _exposed(loaded: Loaded) -> set[str]:
+    """The names of tools that the manifests of servers name themselves."""
+    return {
+        exposed(server.name, remote)
+        for server, _ in loaded.servers.values()
+        for remote in server.tools
+    }
+
+
+def _is_of_server(pattern: str, loaded: Loaded) -> bool:
+    """Whether it is the name or a pattern of tools of a server that names none itself."""
+    name, separator, _ = pattern.partition(SEPARATOR)
+    if not separator:
+        return False
+    if name in loaded.broken["tools"]:
+        return True
+    found = loaded.servers.get(name)
+    return found is not None and not found[0].tools
+
+
+def _may_match(pattern: str, loaded: Loaded) -> bool:
+    """Whether ``pattern`` could match a tool of a server."""
+    name = pattern.partition(SEPARATOR)[0] if SEPARATOR in pattern else pattern
+    return any(
+        matches_glob(name, server) or (name.endswith("*") and server.startswith(name[:-1]))
+        for server in loaded.servers
+    )
 
 
 def _agent_places(agent: Agent) -> list[Reach]:
@@ -302,20 +351,48 @@ def _check_reach(
             if _overlap(place, own):
                 problems.add(document.file, document.at(path), f"{place} would show {what}, {own}")
         command = loaded.settings.approvals.command
-        program = Path(command.argv[0]) if command and command.argv else None
-        if writable and program is not None and _overlap(place, program):
+        command_program = Path(command.argv[0]) if command and command.argv else None
+        if writable and command_program is not None and _overlap(place, command_program):
             problems.add(
                 document.file,
                 document.at(path),
                 f"{place} would let an agent change the program that operators are told by",
             )
-        for tool, _ in loaded.tools.values() if writable else ():
-            if _overlap(place, tool.directory) or _overlap(place, tool.program):
+        for name, program in _programs(loaded) if writable else ():
+            if _overlap(place, program):
                 problems.add(
                     document.file,
                     document.at(path),
-                    f"{place} would let an agent change the program of {tool.name}",
+                    f"{place} would let an agent change the program of {name}",
                 )
+                break
+
+
+def _check_home(tool: Tool, document: Document, loaded: Loaded, problems: Problems) -> None:
+    """No program lives where the daemon keeps what sessions write."""
+    for path in (tool.program, *(interpreter.path for interpreter in tool.interpreters)):
+        for what, place in loaded.private.items():
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
+                problems.add(
+                    document.file,
+                    document.at(("program",)),
+                    f"{path} is in {what}, {place}, where sessions write",
+                    "keep it in the tool's folder, or where only root writes",
+                )
+
+
+def _programs(loaded: Loaded) -> Iterator[tuple[str, Path]]:
+    """Where the code of tools and servers lives."""
+    servers = [server for server, _ in loaded.servers.values()]
+    for tool in (*(tool for tool, _ in loaded.tools.values()), *(s.launch for s in servers)):
+        yield tool.name, tool.directory
+        yield tool.name, tool.program
+        for interpreter in tool.interpreters:
+            yield tool.name, interpreter.path
+    for server in servers:
+        for mount in server.mounts:
+            if server.launch.program.is_relative_to(mount.source):
+                yield server.name, mount.source
 
 
 def _own(loaded: Loaded, directory: Path) -> Iterator[tuple[str, Path]]:

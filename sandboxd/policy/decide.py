@@ -39,6 +39,7 @@ __all__ = [
     "Decision",
     "SessionTerms",
     "decide",
+    "launch_terms",
     "lower_access",
     "matches_glob",
     "over_ceiling",
@@ -99,6 +100,25 @@ def decide(config: Config, agent: Agent, tool_name: Any, arguments: Any) -> Deci
         return _decide(config, agent, tool_name, arguments)
     except Exception:  # noqa: BLE001 - total by promise; a refusal is the only safe answer
         return Decision("deny", "decide", "the call could not be judged")
+
+
+def launch_terms(config: Config, agent: Agent, tool: Tool) -> Decision:
+    """How ``tool`` would run for ``agent`` whatever its arguments: the policy's ceilings alone.
+
+    For what is started before there is a call, such as an MCP server.
+    """
+    policy = config.policies.get(agent.policy)
+    if policy is None:
+        return Decision("deny", f"{agent.source} policy", "this agent's policy does not exist")
+    at, refused = over_ceiling(policy, agent, tool)
+    if refused:
+        return Decision("deny", at, refused, tool=tool)
+    try:
+        argv = fill(tool.argv, {})
+    except Refused as problem:
+        return Decision("deny", f"{tool.source} argv", str(problem), tool=tool)
+    rule = Rule("allow", (), source=tool.source)
+    return _runnable(policy, agent, tool, rule, argv, None)
 
 
 def session_terms(config: Config, agent: Agent) -> SessionTerms:

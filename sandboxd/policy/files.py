@@ -66,8 +66,11 @@ class Trust:
             return ""
         if status.st_mode & stat.S_IWOTH:
             return f"{path} is writable by everybody"
-        if status.st_mode & stat.S_IWGRP and not self._is_private(status):
-            return f"{path} is writable by its group"
+        if status.st_mode & stat.S_IWGRP:
+            if not self._is_private(status):
+                return f"{path} is writable by its group"
+            if _has_acl(path):  # then these bits are its mask (acl(5)), and say nothing of whom
+                return f"{path} is writable by whom its access control list names"
         return ""
 
     def _is_private(self, status: os.stat_result) -> bool:
@@ -87,14 +90,14 @@ class Trust:
             self._directories[directory] = refusal
         return self._directories[directory]
 
-    def tree_refusal(self, directory: Path) -> str:
+    def tree_refusal(self, directory: Path, most: int = MAX_TOOL_FILES) -> str:
         """Why something below ``directory`` can't be trusted; "" when all can."""
         seen = 0
         for folder, folders, files in os.walk(directory):
             for name in (*folders, *files):
                 seen += 1
-                if seen > MAX_TOOL_FILES:
-                    return f"{directory} holds more than {MAX_TOOL_FILES:,} files"
+                if seen > most:
+                    return f"{directory} holds more than {most:,} files"
                 path = f"{folder}/{name}"
                 try:
                     refusal = self.judge(path, os.lstat(path))
@@ -164,6 +167,13 @@ def sha256_of(path: Path) -> str:
 
 def _fix(refusal: str) -> str:
     return "chown it to root" if "belongs to uid" in refusal else "chmod go-w on it"
+
+
+def _has_acl(path: str) -> bool:
+    try:
+        return bool(os.getxattr(path, "system.posix_acl_access", follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def _sticky(status: os.stat_result) -> bool:

@@ -21,6 +21,7 @@ from sandboxd import names
 from sandboxd.errors import ConfigError, Invalid
 from sandboxd.policy import crosscheck
 from sandboxd.policy.files import Source, Trust, list_directory, read_source
+from sandboxd.policy.mcpserver import SEPARATOR, McpServer, complete_server
 from sandboxd.policy.model import Agent, Config, Settings, Tool
 from sandboxd.policy.policyfile import PolicyFile, Written, resolve_policies
 from sandboxd.policy.problems import Problems
@@ -41,6 +42,7 @@ class Loaded:
     settings_document: Document | None = None
     agents: dict[str, tuple[Agent, Document]] = field(default_factory=dict)
     tools: dict[str, tuple[Tool, Document]] = field(default_factory=dict)
+    servers: dict[str, tuple[McpServer, Document]] = field(default_factory=dict)
     policies: dict[str, Written] = field(default_factory=dict)
     private: dict[str, Path] = field(default_factory=dict)
     #: Names whose files are there and wrong: already reported, so not "missing" as well.
@@ -94,6 +96,7 @@ def lint_tools(
         loader.tools(loader.shipped_tools, shipped=True)
     loader.tools(loader.directory, shipped=False, only=only)
     found = [tool for tool, _ in loader.loaded.tools.values() if not tool.shipped]
+    found += [server.launch for server, _ in loader.loaded.servers.values()]
     return found, loader.problems
 
 
@@ -127,6 +130,7 @@ class _Loader:
             policies=MappingProxyType(policies),
             generation=self._generation(),
             warnings=tuple(problems.warnings),
+            servers=MappingProxyType({name: s for name, (s, _) in loaded.servers.items()}),
         )
 
     def check_directory(self) -> None:
@@ -180,6 +184,9 @@ class _Loader:
                 continue
             label = f"tools/{folder.name}/tool.yaml"
             document = self._document(path, label, shipped=shipped)
+            if document is not None and _kind_of(document) == "mcp":
+                self._add_server(folder, label, document)
+                continue
             tool = structure(document, Tool, self.problems) if document else None
             if document is not None and tool is not None:
                 tool = attrs.evolve(
@@ -197,9 +204,38 @@ class _Loader:
             else:
                 self._add_tool(tool, document)
 
+    def _add_server(self, folder: Path, label: str, document: Document) -> None:
+        server = structure(document, McpServer, self.problems)
+        if server is not None:
+            server = complete_server(server, document, folder, label, self.trust, self.problems)
+        if server is None:
+            self.loaded.broken["tools"] |= {folder.name, str(document.value.get("name"))}
+            return
+        tool, other = self.loaded.tools.get(server.name), self.loaded.servers.get(server.name)
+        if tool or other:
+            taken = tool[0].source if tool else other[0].source if other else ""
+            self.problems.add(
+                document.file,
+                document.at(("name",)),
+                f"the tool name '{server.name}' is taken by {taken}",
+                "give it another name",
+            )
+            return
+        self.loaded.servers[server.name] = (server, document)
+
     def _add_tool(self, tool: Tool, document: Document) -> None:
         other = self.loaded.tools.get(tool.name)
         at = document.at(("name",))
+        if SEPARATOR in tool.name or tool.name in self.loaded.servers:
+            self.problems.add(
+                document.file,
+                at,
+                f"the tool name '{tool.name}' could be taken for an MCP server's",
+                f"give it a name without {SEPARATOR}"
+                if SEPARATOR in tool.name
+                else "give it another name",
+            )
+            return
         if other is not None and not (other[0].shipped and tool.replaces == "shipped"):
             hint = "give it another name"
             if other[0].shipped:
@@ -294,7 +330,14 @@ class _Loader:
             _feed(digest, source.label.encode(), bytes([source.shipped]), source.data)
         for name, (tool, _) in sorted(self.loaded.tools.items()):
             _feed(digest, name.encode(), os.fsencode(tool.program), tool.digest.encode())
+        for name, (server, _) in sorted(self.loaded.servers.items()):
+            launch = server.launch
+            _feed(digest, name.encode(), os.fsencode(launch.program), launch.digest.encode())
         return digest.hexdigest()
+
+
+def _kind_of(document: Document) -> Any:
+    return document.value.get("kind") if isinstance(document.value, dict) else None
 
 
 def _feed(digest: Any, *parts: bytes) -> None:

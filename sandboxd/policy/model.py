@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 
 from sandboxd.isolation.uids import DEFAULT_COUNT, DEFAULT_FIRST
+from sandboxd.policy.programs import Interpreter
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
     AbsolutePath,
@@ -33,6 +34,9 @@ from sandboxd.policy.values import (
     VariableName,
     WebAddress,
 )
+
+if TYPE_CHECKING:
+    from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
     "Agent",
@@ -322,7 +326,7 @@ class Tool:
     description: Line
     program: ProgramPath
     input_schema: Mapping[str, Any] = attrs.field(metadata={"key": "input"})
-    runtime: Literal["none", "python"] = "none"
+    runtime: Literal["none", "python", "node"] = "none"
     argv: Template = Template()
     stdin: Stdin = Stdin()
     environment: Mapping[str, str] = attrs.field(factory=_empty)
@@ -344,6 +348,11 @@ class Tool:
     replaces: Literal["shipped"] | None = None
     directory: Path = _loaded(Path())
     digest: str = _loaded("")
+    #: The name that the program is started by, where that isn't its real path.
+    invoked: str = _loaded("")
+    #: Whether the kernel executes it itself; else a script's interpreters, innermost first.
+    native: bool = _loaded(False)
+    interpreters: tuple[Interpreter, ...] = _loaded(())
     source: str = _loaded("")
     shipped: bool = _loaded(False)
     places: Mapping[str, str] = _loaded(MappingProxyType({}), eq=False, repr=False)
@@ -415,3 +424,4 @@ class Config:
     policies: Mapping[str, Policy]
     generation: str
     warnings: tuple[str, ...] = ()
+    servers: Mapping[str, McpServer] = attrs.field(factory=_empty)

@@ -12,10 +12,13 @@ from typing import Any
 
 from sandboxd.policy.values import Wrong
 
-__all__ = ["LITERALS", "as_written", "strict_patterns"]
+__all__ = ["LITERALS", "as_written", "is_cheap", "strict_patterns"]
 
 #: Keywords whose values are data, not schemas.
 LITERALS = frozenset({"const", "enum", "default", "examples"})
+#: Optional parts that a pattern may have, and the longest repetition, to be cheap.
+_MAX_OPTIONAL = 4
+_MAX_REPEAT = 1000
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
 
@@ -48,6 +51,29 @@ def strict_patterns(schema: Any, path: tuple[str | int, ...] = ()) -> Any:
 def as_written(pattern: str) -> str:
     """The pattern of the manifest, from a translated one; for messages."""
     return pattern.removeprefix("(?a:").removesuffix(")").replace("\\Z", "$")
+
+
+def is_cheap(pattern: str) -> bool:
+    """Whether judging a text by ``pattern`` takes time proportional to the text's length.
+
+    A cautious guess: at most one part without a bound, and that in a pattern anchored at its
+    start; no repeated group and no reference back. What it refuses may be harmless.
+    """
+    if len(pattern) > 500 or "\0" in pattern:
+        return False
+    bare = re.sub(r"\\\\", "x", pattern)
+    if re.search(r"\\[1-9gk]|\(\?P?[<=(]", bare):  # back references; conditions
+        return False
+    bare = re.sub(r"\\.", "x", bare)
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "x", bare)
+    if re.search(r"\)[*+{]", bare) or len(re.findall(r"(?<!\()\?", bare)) > _MAX_OPTIONAL:
+        return False
+    varying = len(re.findall(r"[*+]", bare))
+    for least, comma, most in re.findall(r"\{(\d*)(,?)(\d*)\}", bare):
+        if int(most or least or 0) > _MAX_REPEAT:
+            return False
+        varying += bool(comma) and least != most
+    return not varying or (varying == 1 and bare.startswith("^") and "|" not in bare)
 
 
 def _translate(pattern: str, path: tuple[str | int, ...]) -> str:

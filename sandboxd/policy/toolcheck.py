@@ -12,11 +12,18 @@ from typing import Any
 import attrs
 
 from sandboxd import names
-from sandboxd.errors import Denied, Invalid
+from sandboxd.errors import Invalid
 from sandboxd.policy.arguments import check_schema
 from sandboxd.policy.files import Trust, sha256_of
-from sandboxd.policy.model import Mount, SecretSpec, Tool, place
+from sandboxd.policy.model import Mount, SecretSpec, Tool
 from sandboxd.policy.problems import Problems
+from sandboxd.policy.programs import (
+    Interpreter,
+    Refused,
+    hold_program,
+    interpreters_of,
+    is_native,
+)
 from sandboxd.policy.values import ProgramPath, Wrong, nearest
 from sandboxd.policy.yamlpos import Document
 
@@ -50,6 +57,8 @@ _RESERVED_ALONE = frozenset(
         "/workspace",
     )
 )
+#: Where the system's programs are, in a sandbox as on the host.
+_PROGRAM_PLACES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 #: Host trees that would open the sandbox.
 _HOST_TREES = ("/proc", "/sys", "/dev")
 
@@ -74,6 +83,8 @@ def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Proble
     )
     check_mounts(tool.mounts, document, problems)
     program, digest = _program(tool, document, trust, problems)
+    if len(problems.errors) == before:
+        tool = _with_interpreters(tool, program, document, trust, problems)
     if len(problems.errors) > before:
         return None
     _warn_of_unused(tool, document, problems)
@@ -95,20 +106,8 @@ def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Proble
 
 
 def check_program(tool: Tool) -> None:
-    """Raise Denied if the program is no longer the one that was loaded. Call it before a launch."""
-    try:
-        same = sha256_of(tool.program) == tool.digest
-    except OSError as error:
-        raise Denied(
-            f"the program of {tool.name} can't be read: {os.strerror(error.errno or 0)}",
-            rule=place(tool, "program"),
-        ) from None
-    if not same:
-        raise Denied(
-            f"the program of {tool.name} changed after the configuration was loaded",
-            rule=place(tool, "program"),
-            hint="look at what changed it, then: sandboxctl reload",
-        )
+    """Raise Denied if the program is no longer the one that was loaded."""
+    hold_program(tool).close()
 
 
 def check_environment(
@@ -345,6 +344,47 @@ def _program(
     if message:
         problems.add(document.file, at, message, hint)
     return ProgramPath(real), digest
+
+
+def _with_interpreters(
+    tool: Tool, program: Path, document: Document, trust: Trust, problems: Problems
+) -> Tool:
+    """The tool with what its program needs to be started, all of it trusted and in the sandbox."""
+    if tool.runtime != "none":
+        return tool
+    at = document.at(("program",))
+    invoked = str(tool.program) if tool.program.is_absolute() else ""
+    found: list[Interpreter] = []
+    try:
+        for one in interpreters_of(program, tool.environment):
+            refusal = trust.refusal(one.path) or _not_visible(one, tool)
+            if refusal:
+                problems.add(document.file, at, f"the interpreter of {program}: {refusal}")
+            found.append(attrs.evolve(one, digest=sha256_of(one.path)))
+        native = not found and is_native(program)
+    except Refused as refused:
+        problems.add(document.file, at, str(refused))
+        return tool
+    except OSError as error:
+        problems.add(document.file, at, f"{program} can't be read: {os.strerror(error.errno or 0)}")
+        return tool
+    if not found and not native:
+        problems.warn(
+            document.file,
+            at,
+            f"{program} is neither a native program nor a script that begins with #!: "
+            "the kernel may not know how to start it",
+        )
+    return attrs.evolve(tool, invoked=invoked, native=native, interpreters=tuple(found))
+
+
+def _not_visible(interpreter: Interpreter, tool: Tool) -> str:
+    places = [Path(path) for path in _PROGRAM_PLACES] + [tool.directory]
+    places += [Path(m.target) for m in tool.mounts if m.source == m.target]
+    for path in dict.fromkeys((Path(interpreter.name), interpreter.path)):
+        if not any(path.is_relative_to(place) for place in places):
+            return f"{path} is not in the sandbox; mount what holds it at its own path"
+    return ""
 
 
 def _siblings(tool: Tool) -> list[str]:

@@ -21,11 +21,14 @@ __all__ = [
     "AbsolutePath",
     "Ask",
     "Count",
+    "Digest",
     "Duration",
     "Glob",
     "Line",
     "Processors",
     "ProgramPath",
+    "RemoteName",
+    "ServerName",
     "Size",
     "Slug",
     "ToolName",
@@ -50,6 +53,9 @@ ToolName = NewType("ToolName", str)
 VariableName = NewType("VariableName", str)
 Glob = NewType("Glob", str)
 Ask = NewType("Ask", bool)
+Digest = NewType("Digest", str)
+RemoteName = NewType("RemoteName", str)
+ServerName = NewType("ServerName", str)
 WebAddress = NewType("WebAddress", str)
 
 MAX_SIZE = 1 << 50
@@ -61,7 +67,8 @@ _SIZE = re.compile(r"([0-9]{1,12})([KMGT])?(?:i?B)?")
 _SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-_GLOB = re.compile(r"[a-z0-9*][a-z0-9_*-]*")
+_GLOB = re.compile(r"[a-z0-9*][A-Za-z0-9_*-]*")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Wrong(Exception):
@@ -254,6 +261,14 @@ def glob(value: Any) -> Glob:
     return Glob(words)
 
 
+def digest(value: Any) -> Digest:
+    """``sha256:`` and 64 hex digits."""
+    words = text(value)
+    if not _DIGEST.fullmatch(words):
+        raise Wrong(f"expected sha256: and 64 hex digits, found {found(value)}")
+    return Digest(words)
+
+
 def _named(check: Callable[[str], str]) -> Callable[[Any], str]:
     def checked(value: Any) -> str:
         try:
@@ -277,6 +292,9 @@ checks: dict[Any, Callable[[Any], Any]] = {
     AbsolutePath: absolute_path,
     ProgramPath: program_path,
     Glob: glob,
+    Digest: digest,
+    RemoteName: _named(names.mcp_tool_name),
+    ServerName: _named(names.server_name),
     WebAddress: web_address,
     Slug: _named(names.agent_slug),
     ToolName: _named(names.tool_name),

@@ -21,6 +21,8 @@ def main(args: argparse.Namespace) -> int:
     Returns 0 when everything was refused and every control worked, else 1. Raises Unavailable
     when this host can't isolate anything, Invalid for an unknown threat; leaves nothing behind.
     """
+    from functools import partial
+
     from sandboxd.errors import Invalid
     from sandboxd.names import shown
     from sandboxd.selftest import report, runner
@@ -35,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     begun = time.monotonic()
     if not args.json and sys.stderr.isatty():
         print("starting a daemon, and a prober in its sandboxes ...", file=sys.stderr)
-    with until_interrupted(), open_stage(Stage) as stage:
+    with until_interrupted(), open_stage(partial(Stage, patience=args.patience)) as stage:
         result = runner.run(stage, args.threat)
     result.seconds = round(time.monotonic() - begun, 1)
     if args.json:

@@ -37,6 +37,7 @@ __all__ = ["THREATS", "probes_for", "run"]
 #: What the probes are for, in the order of the table.
 THREATS = tuple(dict.fromkeys(probe.threat for probe in PROBES))
 
+#: Times the stage's patience.
 _SECONDS = 150.0
 _LEFT = "leave a daemon behind"
 
@@ -115,7 +116,7 @@ def _perform(
     watcher = threading.Thread(target=_watch, args=(seen, watching), daemon=True)
     watcher.start()
     try:
-        for event in _events(fds, seen):
+        for event in _events(fds, seen, _SECONDS * stage.patience):
             if event["event"] == "holding":
                 plan = _plan(stage, baits, seen, shown["pid"], neighbour)
                 os.write(fds[0], plan.encode() + b"\n")
@@ -123,7 +124,7 @@ def _perform(
             else:
                 _note(event, seen)
         for place, process in outside:
-            printed, complaint = process.communicate(timeout=_SECONDS)
+            printed, complaint = process.communicate(timeout=_SECONDS * stage.patience)
             for event in seen.take(printed):
                 seen.lines.setdefault(place, {})
                 seen.problems += [] if event["event"] == "no scratch" else [str(event)]
@@ -158,15 +159,18 @@ def _note(event: dict[str, Any], seen: _Seen) -> None:
             seen.take(text)
 
 
-def _events(fds: list[int], seen: _Seen) -> Iterator[dict[str, Any]]:
+def _events(fds: list[int], seen: _Seen, seconds: float) -> Iterator[dict[str, Any]]:
     """The agent's events as they come; the rest of its lines is kept."""
     _, stdout, stderr = fds
     buffers = {stdout: b"", stderr: b""}
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + seconds
     while buffers:
         ready, _, _ = select.select(list(buffers), [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            seen.problems.append(f"the prober was not done after {_SECONDS:.0f} s")
+            seen.problems.append(
+                f"the prober was not done after {seconds:.0f} s"
+                " (a slow host may get more time: --patience)"
+            )
             return
         for fd in ready:
             data = os.read(fd, 1 << 16)
@@ -182,7 +186,7 @@ def _events(fds: list[int], seen: _Seen) -> Iterator[dict[str, Any]]:
 def _control(stage: Stage, place: str, plan: str) -> subprocess.Popen[str]:
     """The prober outside, where the attacks must work."""
     process = subprocess.Popen(
-        [sys.executable, "-I", "-B", str(stage.archive), place],
+        [sys.executable, "-I", "-B", str(stage.archive), place, str(stage.patience)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -35,18 +35,22 @@ _TOOLS = ("hold", "probe", "foreign")
 #: Runs the prober in the place that it was started for.
 _PROGRAM = """\
 import runpy, sys
-sys.argv = [{archive!r}, {place!r}]
+sys.argv = [{archive!r}, {place!r}, {patience!r}]
 runpy.run_path({archive!r}, run_name="__main__")
 """
 
 
 @dataclass
 class Stage(stage.Stage):
-    """``secret`` is the canary. ``planted`` are programs with privileges, where root made some."""
+    """``secret`` is the canary. ``planted`` are programs with privileges, where root made some.
+
+    ``patience`` multiplies every limit of time, for a host that is slow.
+    """
 
     what: str = "selftest"
     secret: Secret = field(default_factory=lambda: Secret(decoy()))
     since: float = field(default_factory=lambda: time.time() - 2)
+    patience: float = 1.0
 
     @property
     def archive(self) -> Path:
@@ -73,7 +77,9 @@ class Stage(stage.Stage):
         files = configuration(self)
         for tool in _TOOLS:
             files[f"tools/{tool}/program.py"] = _PROGRAM.format(
-                archive=_ARCHIVE, place={"probe": "tool"}.get(tool, tool)
+                archive=_ARCHIVE,
+                place={"probe": "tool"}.get(tool, tool),
+                patience=str(self.patience),
             )
         self.configure(files)
         self._plant()
@@ -97,6 +103,7 @@ class Stage(stage.Stage):
 def configuration(on: Stage) -> dict[str, str]:
     """The daemon's whole configuration: each file's name and text."""
     quoted = json.dumps
+    timeout = f"{120 * on.patience:.0f}s"
     mounts = f"""\
 mounts:
   - source: {quoted(str(on.archive))}
@@ -119,7 +126,7 @@ input:
   type: object
   additionalProperties: false
 workspace: rw
-timeout: 120s
+timeout: {timeout}
 output_limit: 8M
 limits:
 {limits}{mounts}"""
@@ -132,7 +139,7 @@ key:
         f"agents/{AGENT}.yaml": f"""\
 version: 1
 description: tries every way out of its sandbox
-command: [{quoted(sys.executable)}, -I, -B, {_ARCHIVE}, agent]
+command: [{quoted(sys.executable)}, -I, -B, {_ARCHIVE}, agent, "{on.patience}"]
 policy: selftest
 tools: [probe, hold]
 limits:
@@ -148,7 +155,7 @@ tools: [foreign]
 version: 1
 description: what the agent's file and the manifests say, without the network
 network: none
-timeout: 120s
+timeout: {timeout}
 output_limit: 8M
 agent_limits:
 {limits}rules:

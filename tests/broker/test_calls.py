@@ -413,7 +413,7 @@ async def test_revoking_ends_the_calls_that_hold_the_version(broker: Broker) -> 
 
 
 async def test_a_program_that_can_not_start_says_which_call_failed(broker: Broker) -> None:
-    broker.tool("broken", program="program.sh", argv=[], beside={"program.sh": "#!/nonexistent\n"})
+    broker.tool("broken", program="program.sh", argv=[], beside={"program.sh": "not a program\n"})
     result = await broker.call("broken")
     assert result.outcome == "failed"
     assert "execve" in result.message
@@ -607,7 +607,7 @@ async def test_an_error_of_the_kernel_names_no_value(
 async def test_no_descriptor_stays_open(broker: Broker) -> None:
     broker.set(TOKEN=TOKEN)
     broker.tool("ok", "true", secrets=secret("TOKEN", "fd"), stdin="json")
-    broker.tool("bad", program="program.sh", argv=[], beside={"program.sh": "#!/nonexistent\n"})
+    broker.tool("bad", program="program.sh", argv=[], beside={"program.sh": "not a program\n"})
     await broker.call("ok")
     await broker.calls.end_session(broker.session().id)  # what is kept ready has a socket each
     before = sorted(os.listdir("/proc/self/fd"))

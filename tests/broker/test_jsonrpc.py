@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import pytest
 import trio.testing
@@ -135,7 +136,7 @@ def nested(depth: int, open: str = "[", close: str = "]") -> str:
     return f'{{"jsonrpc":"2.0","id":3,"method":"m","params":{{"x":{inner}}}}}'
 
 
-@pytest.mark.parametrize("depth", [MAX_DEPTH, 500, 5_000, 100_000])
+@pytest.mark.parametrize("depth", [MAX_DEPTH, 500, 2_000, 100_000])
 def test_deep_nesting_is_refused_by_its_id(depth: int) -> None:
     refused = refusal(nested(depth))
     assert refused.id == 3
@@ -187,3 +188,34 @@ def _parses_or_refuses(data: bytes) -> None:
         error_reply(refused).model_dump_json()
     else:
         message.model_dump_json()
+
+
+class Counted(bytearray):
+    """Counts the bytes that it is searched through."""
+
+    searched = 0
+
+    def find(self, *args: Any) -> int:
+        found = super().find(*args)
+        Counted.searched += (found + 1 if found >= 0 else len(self)) - args[1]
+        return found
+
+
+async def test_an_endless_line_is_searched_once() -> None:
+    """Byte by byte: work in proportion to what came, not to its square."""
+    send, receive = trio.testing.memory_stream_one_way_pair()
+    reader = LineReader(receive)
+    reader._buffer = Counted()
+
+    async def feed() -> None:
+        for _ in range(2_000):
+            await send.send_all(b"x")
+            await trio.testing.wait_all_tasks_blocked()
+        await send.send_all(b"\n" * 2_000 + b"y")
+        await send.aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(feed)
+        assert await reader.receive() == b"x" * 2_000
+        assert await reader.receive() == b"y"
+    assert 4_000 < Counted.searched <= 4_001

@@ -85,6 +85,9 @@ def test_the_overview_is_the_manual(alone: Ctl) -> None:
         (["session", "start", "a", "b"], "unexpected 'b'"),
         (["status", "\x1b[31mred"], "unexpected '\\x1b[31mred'"),
         (["audit", "tail", "-n", "many"], "invalid int value: 'many'"),
+        (["selftest", "--patience", "0.5"], "--patience: from 1 to 20"),
+        (["selftest", "--patience", "nan"], "--patience: from 1 to 20"),
+        (["selftest", "--patience", "long"], "invalid factor value: 'long'"),
     ],
 )
 def test_a_mistake_has_a_message_a_hint_and_status_2(

@@ -48,7 +48,9 @@ root.Root._proc = proc
 def run(
     capsys: pytest.CaptureFixture[str], *threats: str
 ) -> tuple[int, dict[tuple[str, str], dict[str, Any]]]:
-    status = selftest.main(argparse.Namespace(json=True, verbose=False, threat=threats))
+    status = selftest.main(
+        argparse.Namespace(json=True, verbose=False, threat=threats, patience=1.0)
+    )
     printed = json.loads(capsys.readouterr().out)
     return status, {(row["name"], row["where"]): row for row in printed["rows"]}
 

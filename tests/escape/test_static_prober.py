@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -87,13 +88,17 @@ def outcomes(printed: str) -> Outcomes:
 @pytest.fixture(scope="module")
 def built() -> Iterator[Path]:
     """A directory that everybody may read, with the prober in it."""
+    ready = os.environ.get("SANDBOXD_TEST_PROBER", "")  # on a host without a compiler
     compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
+    if compiler is None and not ready:
         pytest.skip("no C compiler (Debian: apt install gcc libc6-dev)")
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="escape-") as name:
         top = Path(name)
-        command = [compiler, "-static", "-O1", "-Wall", "-Werror", "-o", str(top / "prober")]
-        subprocess.run([*command, str(SOURCE)], check=True)
+        if ready:
+            shutil.copy(ready, top / "prober")
+        else:
+            command = [str(compiler), "-static", "-O1", "-Wall", "-Werror"]
+            subprocess.run([*command, "-o", str(top / "prober"), str(SOURCE)], check=True)
         pack(top / "mcp.zip", ["sandboxd.trial.mcp"], "sandboxd.trial.mcp:Client")
         top.chmod(0o755)
         (top / "mcp.zip").chmod(0o644)

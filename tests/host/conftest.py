@@ -9,23 +9,18 @@ installs from files, as on a host without a way out.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import debian
 import pytest
 
-PROJECT = Path(__file__).parents[2]
-SUITE = "bookworm"
 PACKAGES = [
     "ca-certificates", "dbus", "git", "libpam-systemd", "procps", "python3", "python3-venv",
     "systemd", "systemd-sysv",
@@ -97,18 +92,11 @@ class Host:
 
 @pytest.fixture(scope="session")
 def cache() -> Path:
-    """The cache directory with its two layers, built when missing."""
+    """The directory with the two layers, built when missing."""
     if os.geteuid() != 0:
-        pytest.skip("booting a host needs root")
-    for program in ("systemd-nspawn", "debootstrap"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is missing: apt-get install systemd-container debootstrap")
-    if sys.version_info[:2] != (3, 11):
-        pytest.skip(f"{SUITE} has Python 3.11, and wheels are built by the Python that runs this")
-    directory = Path(f"/var/tmp/sandboxd-host-{_hash(SUITE, *PACKAGES, str(RECIPE))}")
-    directory.mkdir(mode=0o700, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        pytest.fail("booting a host needs root", pytrace=False)
+    debian.need(("systemd-nspawn", "systemd-container"), ("debootstrap", "debootstrap"))
+    with debian.cache("host", *PACKAGES, str(RECIPE)) as directory:
         _build_root(directory)
         _build_deps(directory)
     return directory
@@ -117,10 +105,7 @@ def cache() -> Path:
 @pytest.fixture(scope="session")
 def wheel(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Today's wheel of the project."""
-    to = tmp_path_factory.mktemp("wheel")
-    _do(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(to), str(PROJECT))
-    (built,) = to.glob("sandboxd-*.whl")
-    return built
+    return debian.build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +113,7 @@ def image(cache: Path, wheel: Path) -> Iterator[Path]:
     """A throw-away root filesystem with the wheel installed in /opt/sandboxd, not booted."""
     with copied(cache) as root:
         shutil.copy(wheel, root / "opt")
-        _chroot(
+        debian.chroot(
             root, "/opt/sandboxd/bin/pip", "install", "-q", "--no-index", "--no-deps",
             f"/opt/{wheel.name}",
         )  # fmt: skip
@@ -222,32 +207,21 @@ def copied(cache: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix="run-", dir=cache))
     scratch.chmod(0o755)
     try:
-        _do("cp", "-a", f"{_deps(cache)}/.", str(scratch))
+        debian.do("cp", "-a", f"{_deps(cache)}/.", str(scratch))
         yield scratch
     finally:
         shutil.rmtree(scratch)
 
 
 def _build_root(cache: Path) -> None:
-    if (cache / "root").is_dir():
-        return
-    building = cache / "root.building"
-    shutil.rmtree(building, ignore_errors=True)
-    _do(
-        "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE,
-        str(building), "http://deb.debian.org/debian",
-    )  # fmt: skip
-    shutil.rmtree(building / "var/cache/apt/archives", ignore_errors=True)
-    building.rename(cache / "root")
-
-
-def _dependencies() -> list[str]:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    return list(project["dependencies"])
+    root = cache / "root"
+    if not root.is_dir():
+        with debian.building(root) as made:
+            debian.debootstrap(made, PACKAGES)
 
 
 def _deps(cache: Path) -> Path:
-    return cache / f"deps-{_hash(*_dependencies())}"
+    return cache / f"deps-{debian.digest(*debian.dependencies())}"
 
 
 def _build_deps(cache: Path) -> None:
@@ -256,30 +230,6 @@ def _build_deps(cache: Path) -> None:
         return
     for stale in cache.glob("deps-*"):
         shutil.rmtree(stale)
-    building = cache / "building"
-    shutil.rmtree(building, ignore_errors=True)
-    _do("cp", "-a", str(cache / "root"), str(building))
-    wheels = building / "opt/wheels"
-    _do(sys.executable, "-m", "pip", "wheel", "-q", "-w", str(wheels), *_dependencies())
-    _chroot(building, "python3", "-m", "venv", "/opt/sandboxd")
-    _chroot(
-        building, "/opt/sandboxd/bin/pip", "install", "-q", "--no-index",
-        "--find-links=/opt/wheels", *_dependencies(),
-    )  # fmt: skip
-    shutil.rmtree(wheels)
-    building.rename(layer)
-
-
-def _chroot(root: Path, *command: str) -> None:
-    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root"}
-    _do("chroot", str(root), *command, env=environ)
-
-
-def _do(*command: str, env: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    with debian.building(layer) as made:
+        debian.do("cp", "-a", str(cache / "root"), str(made))
+        debian.install_dependencies(made)

@@ -38,7 +38,7 @@ VALID: dict[str, Any] = {
         "name": "echo",
         "description": "d",
         "program": "run",
-        "argv": ["--a={a}", ["-b", "{b}"], {"if": "c", "argv": ["x"]}],
+        "argv": ["--a={a}", ["-b", "{b}"], {"if": "c", "argv": ["x"]}, {"operands": ["{a}"]}],
         "stdin": {"text": "a"},
         "input": {
             "type": "object",
@@ -56,6 +56,10 @@ VALID: dict[str, Any] = {
         "mounts": [{"source": "/srv/x", "target": "/x", "mode": "rw"}],
         "timeout": "1s",
         "output_limit": 3,
+        "output_format": "json",
+        "output": {"type": "object", "properties": {"n": {"type": "integer"}}},
+        "grace": "1s",
+        "concurrency": {"total": 2, "per_session": 1},
         "annotations": {"title": "t", "readOnlyHint": True},
     },
     "policies/mine.yaml": {
@@ -150,7 +154,9 @@ def change(files: dict[str, Any], where: tuple[Any, ...], how: str, key: str, va
         container[key] = value
     elif how == "add":
         container.append(value)
-    elif isinstance(container, list) and where[-1] >= len(container):
+    elif isinstance(container, list) and not (
+        isinstance(where[-1], int) and where[-1] < len(container)
+    ):
         return
     elif how == "drop" and (isinstance(container, list) or where[-1] in container):
         del container[where[-1]]

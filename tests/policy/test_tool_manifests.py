@@ -73,7 +73,10 @@ def test_a_full_manifest_is_read(config: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
-        ("runtime: node\n", "11:10: runtime: expected none or python, found the text 'node'"),
+        (
+            "runtime: ruby\n",
+            "11:10: runtime: expected none or python or node, found the text 'ruby'",
+        ),
         ("stdin: text\n", "11:8: stdin: expected none, json or {text: ARGUMENT}"),
         ("stdin: {text: body}\n", "11:15: stdin uses 'body', which input has no property for"),
         ("stdin: {txt: text}\n", "11:8: stdin: expected none, json or {text: ARGUMENT}"),

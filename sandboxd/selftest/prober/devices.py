@@ -117,8 +117,8 @@ def _sysrq(plan: Plan) -> str:
     return "masked" if stat.S_ISCHR(device.st_mode) else "ok"
 
 
-add("write /proc/sysrq-trigger", _KNOBS, _sysrq, "masked", outside=HOST, fallback=_own_proc,
-    says="outside it opens")  # fmt: skip
+add("write /proc/sysrq-trigger", _KNOBS, _sysrq, "masked", "EACCES", outside=HOST,
+    fallback=_own_proc, says="outside it opens")  # fmt: skip
 for _path in ("/sys", "/sys/kernel/debug", "/sys/kernel/security", "/sys/firmware", "/sys/module",
               "/sys/fs/bpf", "/sys/power/state"):  # fmt: skip
     add(f"see {_path}", _KNOBS, _present(_path), "ENOENT", outside=HOST, fallback=_own_proc,

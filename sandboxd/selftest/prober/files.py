@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 
@@ -18,6 +20,8 @@ _HOSTS = "Secret: files of the host"
 _SYSTEM = "Agent steering a tool: planted files"
 _PATHS = "Agent steering a tool: links and paths"
 _SAME = "the same outside"
+#: The id in an entry of an access list that is for no certain user (acl(5)).
+_NOBODY = 0xFFFFFFFF
 
 
 def _path(name: str) -> Callable[[Plan], None]:
@@ -124,6 +128,17 @@ def _rewrite_copy(plan: Plan) -> None:
     open_(path, os.O_WRONLY)
 
 
+def _set_attribute(path: str) -> None:
+    """One of a user's, or an access list where there are none: tmpfs has them from Linux 6.6 on."""
+    try:
+        os.setxattr(path, "user.selftest", b"x")
+    except OSError as failure:
+        if failure.errno != errno.ENOTSUP:
+            raise
+        entries = struct.pack("<I" + "HHI" * 3, 2, 1, 6, _NOBODY, 4, 4, _NOBODY, 32, 4, _NOBODY)
+        os.setxattr(path, "system.posix_acl_access", entries)
+
+
 def _in_tmp(change: Callable[[str], object]) -> Callable[[Plan], None]:
     def control(plan: Plan) -> None:
         path = f"/tmp/changed-{os.getpid()}"
@@ -148,8 +163,7 @@ for _words, _path_of, _change in (
     ("change the times of /usr/bin", "/usr/bin", os.utime),
     ("rename /etc/passwd", "/etc/passwd", lambda path: os.rename(path, path + "-")),
     ("change the owner of /etc/hostname", "/etc/hostname", lambda path: os.chown(path, 1000, 1000)),
-    ("give /usr/bin an attribute", "/usr/bin",
-     lambda path: os.setxattr(path, "user.selftest", b"x")),
+    ("give /usr/bin an attribute", "/usr/bin", _set_attribute),
 ):  # fmt: skip
     add(_words, _SYSTEM, lambda plan, change=_change, path=_path_of: change(path), "EROFS",
         inside=_in_tmp(_change), says=_IN_TMP)  # fmt: skip

@@ -1,0 +1,237 @@
+"""MCP servers for operators: what they offer, what was accepted of it, and accepting it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from sandboxd.admin.params import iso, known_agent, param, thread
+from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.broker.chosen import choose
+from sandboxd.errors import Conflict, Denied, Invalid, NotFound
+from sandboxd.names import new_session_id, shown
+from sandboxd.policy import Agent, Config
+from sandboxd.policy.decide import launch_terms, session_terms
+from sandboxd.policy.definitions import Definition, digest_of, exposed, validator_of
+from sandboxd.policy.mcpserver import McpServer, Pin
+from sandboxd.running import Daemon
+from sandboxd.vault.vault import Snapshot
+
+__all__ = ["ServerMethods"]
+
+#: Inspections that wait to be accepted, of all servers together.
+_REMEMBERED = 32
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """An operator in an agent's place, for as long as a server is asked what it offers."""
+
+    id: str
+    agent: Agent
+    config: Config
+    snapshot: Snapshot
+    workspace: Path | None
+    overlay: int = -1
+    uid: int = -1
+
+
+class ServerMethods:
+    """``tools.pins``, ``tools.inspect``, ``tools.accept`` and ``tools.forget``."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._inspected: dict[tuple[str, str], tuple[Definition, ...]] = {}
+
+    def table(self) -> Mapping[str, Method]:
+        return {
+            "tools.pins": self.pins,
+            "tools.inspect": self.inspect,
+            "tools.accept": self.accept,
+            "tools.forget": self.forget,
+        }
+
+    async def pins(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Every configured server, and what was accepted of it."""
+        config, accepted = self._daemon.config, self._daemon.pins.pins
+        changed = self._daemon.calls.servers.changed
+        rows = []
+        for name in sorted({*config.servers, *accepted}):
+            server, pin = config.servers.get(name), accepted.get(name)
+            offered = [t for t in config.tools if t.startswith(f"{name}__")]
+            rows.append(
+                {
+                    "server": name,
+                    "source": server.source if server else None,
+                    "state": _state(server, pin, offered, changed.get(name, ())),
+                    "tools": sorted(offered),
+                    "digest": pin.digest if pin else None,
+                    "accepted_by": pin.by if pin else None,
+                    "accepted_at": iso(pin.at) if pin else None,
+                    "changes": list(changed.get(name, ())),
+                    "agents": _agents_of(config, name),
+                    "running": sum(
+                        one.server.name == name for one in self._daemon.calls.servers.live()
+                    ),
+                }
+            )
+        return Reply({"servers": rows})
+
+    async def inspect(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Start a server for one agent and ask what it offers, compared with what was accepted."""
+        config = self._daemon.config
+        server = _server(config, params)
+        agent = self._agent(server, params)
+        standing = await self._standing(agent)
+        terms = launch_terms(config, agent, server.launch)
+        if terms.verdict == "deny":
+            raise Denied(terms.reason, rule=terms.rule, hint=terms.hint)
+        chosen, missing, _ = choose(self._daemon.vault, terms, standing.snapshot)
+        if missing:
+            raise Denied(
+                f"{server.name} can't start: {agent.slug} has no variable {', '.join(missing)}",
+                hint=f"sandboxctl env set {agent.slug} {missing[0]}",
+            )
+        await self._daemon.audit.append(
+            "tools.inspected",
+            by=caller.name,
+            server=server.name,
+            agent=agent.slug,
+            injected=[{"name": s.name, "version": s.version} for _, s in chosen],
+        )
+        found, problems = await self._daemon.calls.servers.probe(standing, server, chosen)
+        digest = digest_of(found)
+        self._remember(server.name, digest, found)
+        pin = self._daemon.pins.pins.get(server.name)
+        old = {d.name: d for d in pin.definitions} if pin else {}
+        return Reply(
+            {
+                "server": server.name,
+                "agent": agent.slug,
+                "digest": digest,
+                "accepted": pin.digest if pin else None,
+                "wanted": server.definitions or None,
+                "tools": [_described(server.name, d, old.get(d.name)) for d in found],
+                "gone": sorted(set(old) - {d.name for d in found}),
+                "problems": list(problems),
+            }
+        )
+
+    async def accept(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Accept what was inspected, by its digest: exactly what the operator was shown."""
+        server = _server(self._daemon.config, params)
+        digest = param(params, "digest", str)
+        found = self._inspected.get((server.name, digest))
+        if found is None:
+            raise NotFound(
+                f"{server.name} was not seen to offer {shown(digest)}",
+                hint=f"look at what it offers first: sandboxctl tools accept {server.name}",
+            )
+        if server.definitions and digest != server.definitions:
+            raise Conflict(
+                f"{server.source} names other definitions: {server.definitions}",
+                hint="if these are right, change 'definitions' there; then: sandboxctl reload",
+            )
+        if not found:
+            raise Invalid(f"{server.name} offers nothing that could be accepted")
+        pin = Pin(server.name, found, caller.name, time.time())
+        # Once begun it is done to the end: what is accepted must be in force.
+        with trio.CancelScope(shield=True):
+            await self._daemon.accept(pin, caller.name)
+        self._daemon.calls.servers.changed.pop(server.name, None)
+        tools = sorted(t for t in self._daemon.config.tools if t.startswith(f"{server.name}__"))
+        return Reply({"server": server.name, "digest": digest, "tools": tools})
+
+    async def forget(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Take an acceptance back: the server has no tools for sessions that start from now on."""
+        name = param(params, "server", str)
+        if name not in self._daemon.pins.pins:
+            raise NotFound(
+                f"nothing was accepted of {shown(name)}", hint="see: sandboxctl tools pins"
+            )
+        with trio.CancelScope(shield=True):
+            await self._daemon.unaccept(name, caller.name)
+        return Reply({"server": name})
+
+    def _remember(self, server: str, digest: str, found: tuple[Definition, ...]) -> None:
+        self._inspected.pop((server, digest), None)
+        self._inspected[server, digest] = found
+        while len(self._inspected) > _REMEMBERED:
+            del self._inspected[next(iter(self._inspected))]
+
+    def _agent(self, server: McpServer, params: dict[str, Any]) -> Agent:
+        """Who it is started for: the one that is named, or the only one that lists it."""
+        if params.get("agent") is not None:
+            return known_agent(self._daemon, params)
+        config = self._daemon.config
+        listing = _agents_of(config, server.name)
+        if len(listing) != 1:
+            raise Invalid(
+                f"no agent lists {server.name}"
+                if not listing
+                else f"{server.name} belongs to several agents: {', '.join(listing)}",
+                hint="say whose variables it is started with: --agent AGENT",
+            )
+        return config.agents[listing[0]]
+
+    async def _standing(self, agent: Agent) -> _Standing:
+        config = self._daemon.config
+        snapshot = await thread(self._daemon.vault.snapshot, agent.slug)
+        workspace = self._daemon.sessions.workspace_of(agent, session_terms(config, agent))
+        return _Standing(new_session_id(), agent, config, snapshot, workspace)
+
+
+def _server(config: Config, params: dict[str, Any]) -> McpServer:
+    name = param(params, "server", str)
+    if name not in config.servers:
+        raise NotFound(
+            f"no MCP server {shown(name)}",
+            hint="known servers: "
+            + (", ".join(sorted(config.servers)) or "none; see docs/mcp-servers.md"),
+        )
+    return config.servers[name]
+
+
+def _agents_of(config: Config, server: str) -> list[str]:
+    return sorted(
+        slug
+        for slug, agent in config.agents.items()
+        if any(tool.partition("__")[0] == server for tool in agent.tools)
+    )
+
+
+def _state(
+    server: McpServer | None, pin: Pin | None, offered: list[str], changes: tuple[str, ...]
+) -> str:
+    if server is None:
+        return "not configured"
+    if pin is None:
+        return "not accepted"
+    if not offered:
+        return "not what the manifest names"
+    return "changed" if changes else "accepted"
+
+
+def _described(server: str, definition: Definition, old: Definition | None) -> dict[str, Any]:
+    _, left = validator_of(definition.input_schema)
+    state = "new" if old is None else "same" if old.digest == definition.digest else "changed"
+    keys = sorted({*definition.content, *(old.content if old else {})})
+    return {
+        "name": definition.name,
+        "exposed": exposed(server, definition.name),
+        "state": state,
+        "digest": definition.digest,
+        "definition": dict(definition.content),
+        "was": dict(old.content) if old is not None and state == "changed" else None,
+        "changed_keys": [
+            key
+            for key in keys
+            if old is not None and old.content.get(key) != definition.content.get(key)
+        ],
+        "unchecked": list(left),
+    }
