@@ -6,7 +6,8 @@ whatever else the machine does hits all alike; only the ratios say something.
 
 ``python -m bench install`` brings the other programs. ``python -m bench stages`` alone shows in
 full where the time of one call goes. ``python -m bench leaks`` counts what many launches leave
-behind, ``python -m bench ends`` takes the time in which a tree of processes is gone.
+behind, ``python -m bench ends`` takes the time in which a tree of processes is gone, and
+``python -m bench redact`` measures how fast output is searched for values.
 
 The exit status is 1 when what was measured is isolated less than what is shipped.
 docs/performance.md says how it is done and what is compared with what.
@@ -24,14 +25,26 @@ from typing import Any
 
 import trio
 
-from bench import calls, ends, idle, launching, leaks, machine, plot, report, stages, starts
+from bench import (
+    calls,
+    ends,
+    idle,
+    launching,
+    leaks,
+    machine,
+    plot,
+    redact,
+    report,
+    stages,
+    starts,
+)
 from bench.install import install
 from bench.peers import NAMES
 
 __all__ = ["main", "run"]
 
 PARTS = ("launch", "calls", "stages", "throughput", "idle", "start")
-_ALONE = ("install", "leaks", "ends")
+_ALONE = ("install", "leaks", "ends", "redact")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if what == ["leaks"]:
         figures = trio.run(leaks.count, options.runs)
         return _tell(figures, leaks.table(figures), options.json)
+    if what == ["redact"]:
+        figures = redact.measure(options.runs)
+        return _tell(figures, redact.table(figures), options.json)
     if what == ["ends"]:
         figures = trio.run(ends.measure, options.runs)
         return _tell(figures, ends.table(figures), options.json)

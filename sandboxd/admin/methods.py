@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Any
 
 import trio
@@ -171,7 +172,9 @@ class Methods:
         return Reply(
             {
                 "generation": config.generation,
-                "outlook": await thread(outlook, config),
+                "outlook": await thread(
+                    partial(outlook, config, servers=bool(params.get("servers")))
+                ),
                 "warnings": list(config.warnings),
             }
         )

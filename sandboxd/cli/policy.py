@@ -63,7 +63,8 @@ def add(commands: Commands, name: str, line: str) -> None:
         "for whom: verdicts and the rules behind them, limits, network, workspace, isolation, the "
         "variables that are injected, the programs that run. Nothing is applied. Sessions that run "
         "keep what they started with. With DIR the files there are compared, else the daemon's "
-        "own. Exits with 2 when the files can't be loaded.",
+        "own; in DIR an MCP server stands for its tools, for what was accepted of it is known to "
+        "the daemon alone. Exits with 2 when the files can't be loaded.",
         examples=[
             ("sandboxctl policy diff && sandboxctl reload", "look first, then apply"),
             ("sandboxctl policy diff ./config", "what would this directory change?"),
@@ -124,14 +125,14 @@ def diff(args: argparse.Namespace) -> int:
     from sandboxd.policy.explain import differences, outlook
 
     with connect(args) as daemon:
-        old = daemon.call("policy.outlook")
+        old = daemon.call("policy.outlook", servers=args.directory is not None)
         if args.directory is None:
             new = daemon.call("policy.outlook", files=True)
     if args.directory is not None:
         config = load_files(Path(args.directory))
         new = {
             "generation": config.generation,
-            "outlook": json.loads(json.dumps(outlook(config))),
+            "outlook": json.loads(json.dumps(outlook(config, servers=True))),
             "warnings": list(config.warnings),
         }
     changes = differences(old["outlook"], new["outlook"])

@@ -121,7 +121,7 @@ def list_(args: argparse.Namespace) -> int:
                 row["agent"],
                 row["policy"],
                 _state(row),
-                str(row.get("calls_running") or 0),
+                _calls(row),
                 output.when(row["started_at"]),
                 output.when(row["ended_at"], never="-"),
                 row["by"],
@@ -155,6 +155,7 @@ def show(args: argparse.Namespace) -> int:
             ("pid", got.get("pid") or "-"),
             ("started", f"{output.when(got['started_at'])} by {got['by']}"),
             ("ended", output.when(got["ended_at"], never="-")),
+            ("calls", _calls(got)),
             ("workspace", got.get("workspace") or "none"),
             *([("changes", got["changes"])] if got.get("changes") else []),
             ("network", got.get("network") or "-"),
@@ -211,6 +212,13 @@ def _state(row: dict[str, Any]) -> str:
     if reason and reason not in ("exited", "killed"):
         how = f"{how}: {reason}" if how else f": {reason}"
     return f"{row['state']} {how}".rstrip().replace(" :", ":")
+
+
+def _calls(row: dict[str, Any]) -> str:
+    """How many run; and how many don't because nobody approved them yet."""
+    waiting = row.get("calls_waiting") or 0
+    asked = f" ({waiting} to approve)" if waiting else ""
+    return f"{row.get('calls_running') or 0}{asked}"
 
 
 def _signal_name(number: int) -> str:

@@ -20,6 +20,7 @@ from sandboxd.policy.decide import (
     over_ceiling,
     session_terms,
 )
+from sandboxd.policy.mcpserver import server_of
 from sandboxd.policy.model import (
     TOOL_LIMITS,
     Agent,
@@ -129,22 +130,23 @@ def describe_tool(config: Config, tool: Tool) -> dict[str, Any]:
     }
 
 
-def outlook(config: Config) -> Outlook:
+def outlook(config: Config, *, servers: bool = False) -> Outlook:
     """What each agent can do with each of its tools, whatever the arguments: by agent, by tool.
 
-    Under the name "" stands what the agent's own process gets.
+    Under the name "" stands what the agent's own process gets. With ``servers`` an MCP server
+    stands for its tools, as it does in files: which tools it has, only a daemon knows.
     """
-    return {
-        slug: {
-            "": _session_outlook(config, agent),
-            **{
-                name: _tool_outlook(config, agent, config.tools[name])
-                for name in agent.tools
-                if name in config.tools
-            },
-        }
-        for slug, agent in config.agents.items()
-    }
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for slug, agent in config.agents.items():
+        rows = found[slug] = {"": _session_outlook(config, agent)}
+        for name in agent.tools:
+            server = server_of(config, name) if servers else None
+            if server is not None:
+                row = _tool_outlook(config, agent, server.launch)
+                rows[server.name] = {k: v for k, v in row.items() if k not in ("verdict", "rules")}
+            elif name in config.tools:
+                rows[name] = _tool_outlook(config, agent, config.tools[name])
+    return found
 
 
 def differences(old: Outlook, new: Outlook) -> list[dict[str, Any]]:

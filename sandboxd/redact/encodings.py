@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from itertools import compress
 
 from sandboxd.maskable import weakness
-from sandboxd.redact.unescape import unescape
+from sandboxd.redact.unescape import View, escapes
 
 __all__ = ["ANCHOR", "CANON", "CANON_DROPS", "KEPT", "Form", "forms"]
 
@@ -96,9 +96,11 @@ class Form:
         begin = self.text[: count + 1]
         if len(begin.translate(None, drops)) == len(begin):
             return count
-        kept = self.text.lstrip(drops)
-        places = list(compress(range(len(kept)), kept.translate(KEPT[drops])))
-        return places[count] if count < len(places) else len(kept)
+        # What is before the first of them was not compared, and may have been shown.
+        first = len(self.text) - len(self.text.lstrip(CANON_DROPS))
+        behind = range(first, len(self.text))
+        places = list(compress(behind, self.text[first:].translate(KEPT[drops])))
+        return places[count] if count < len(places) else len(self.text)
 
 
 def forms(name: str, value: bytes) -> list[Form]:
@@ -152,20 +154,19 @@ def _spellings(text: bytes) -> Iterator[bytes]:
         yield text.replace(b" ", b"+")  # application/x-www-form-urlencoded
     if not text.isascii():
         with contextlib.suppress(UnicodeError):
-            plain = text.decode("utf-8")
-            yield plain.encode("utf-16-le")
-            yield plain.encode("utf-16-be")
-            yield plain.encode("latin-1")  # as some languages escape it
-    view = unescape(text)
-    if view is not None and view.data:
-        yield view.data
-        yield from _lines(view.data)
+            characters = text.decode("utf-8")
+            yield characters.encode("utf-16-le")
+            yield characters.encode("utf-16-be")
+            yield characters.encode("latin-1")  # as some languages escape it
+    if (found := escapes(text, 0, len(text))) and (decoded := View(text, found).data):
+        yield decoded
+        yield from _lines(decoded)
     password = _password(text)
     if password:
         yield password
-        decoded = urllib.parse.unquote_to_bytes(password)
-        if decoded != password:
-            yield decoded
+        plain = urllib.parse.unquote_to_bytes(password)
+        if plain != password:
+            yield plain
 
 
 def _password(text: bytes) -> bytes:

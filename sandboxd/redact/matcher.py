@@ -7,6 +7,7 @@ byte. A text is looked at as it is and once its escapes are decoded, as often as
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -14,15 +15,22 @@ from itertools import compress, islice
 from typing import Any, NamedTuple
 
 from sandboxd.redact.encodings import ANCHOR, CANON, CANON_DROPS, KEPT, Form, forms
-from sandboxd.redact.unescape import View, align, escapes, unescape, unescape_apart, unfinished
+from sandboxd.redact.unescape import (
+    Escape,
+    View,
+    align,
+    escapes,
+    telling,
+    unfinished,
+)
 from sandboxd.secret import Secret
 
 #: Without it, where no build of it exists, the search is slower and finds the same.
-_HAS_AUTOMATON = find_spec("ahocorasick_rs") is not None
-if _HAS_AUTOMATON:
+HAS_AUTOMATON = find_spec("ahocorasick_rs") is not None
+if HAS_AUTOMATON:
     from ahocorasick_rs import BytesAhoCorasick, Implementation
 
-__all__ = ["GUARD", "Found", "Matcher", "Open", "Span"]
+__all__ = ["GUARD", "HAS_AUTOMATON", "Found", "Matcher", "Open", "Span"]
 
 #: A value's beginning of so many characters is not shown while it may become the value.
 GUARD = 8
@@ -34,6 +42,8 @@ _PATIENCE = 48 << 10
 #: Forms of which every state still has a table of its own: faster, and larger.
 _TABLES = 1200
 _BLOCK = 1024
+#: Between parts of a text that aren't next to each other. No value holds this.
+_GAP = b"\xfe\xff" * 8
 
 
 class Span(NamedTuple):
@@ -94,55 +104,67 @@ class Matcher:
         spans: list[Span] = []
         opens: list[Open] = []
         self._look(_Look(text, spans, opens))
+        places, blanked = telling(text)
+        if blanked is not text:
+            self._look(_Look(blanked, spans, opens))
         hold = cut = unfinished(text)
-        for begin, end in self._windows(text, cut):
-            look = _Look(text[begin:end], spans, opens, begin, last=end == len(text))
-            hold = min(hold, self._decode(look, _ROUNDS))
-            for view in unescape_apart(look.data):
-                self._look(look.through(view))
+        if cut < len(text):  # as if the escape went on
+            begin = max(0, cut - self._widest)
+            self._look(_Look(text[begin:cut], spans, opens, begin))
+        for view in self._views(text, places, cut) if places else ():
+            look = _Look(view.data, spans, opens, views=(view,))
+            self._look(look)
+            hold = min(hold, self._nested(look, _ROUNDS))
         hold = min(hold, min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)
         return Found(spans, opens, hold)
 
-    def _decode(self, look: _Look, rounds: int) -> int:
-        """Look at it decoded, as often as it is nested; where an escape is that the end cuts."""
-        hold = look.begin + len(look.data)
+    def _views(self, text: bytes, places: Sequence[int], cut: int) -> Iterator[View]:
+        """What is around the escapes at these places, decoded; the rest left out."""
+        parts = self._parts(text, places)
+        yield View(text, parts)
+        if cut < len(text):
+            yield View(text[:cut], [part for part in parts if part[1] <= cut])
+        kinds = {part[3] for part in parts} - {b""}
+        for kind in kinds if len(kinds) > 1 else ():
+            # What looks like one kind may begin a text that only another kind hides.
+            yield View(text, [part for part in parts if part[3] in (kind, b"")])
+
+    def _parts(self, text: bytes, places: Sequence[int]) -> list[Escape]:
+        """The escapes at these places and near them, and the gaps between as escapes of no kind."""
+        parts: list[Escape] = []
+        begin = end = 0
+        for place in (*places, sys.maxsize):
+            if place - self._widest > end:
+                if end:
+                    parts += escapes(text, begin, end)
+                begin = min(len(text), place - self._widest)
+                if end < begin:
+                    parts.append((end, begin, _GAP, b""))
+            end = min(len(text), place + self._widest)
+        return parts
+
+    def _nested(self, look: _Look, rounds: int) -> int:
+        """Decode what was decoded, as often as it is nested; where an escape is that is cut."""
+        hold = sys.maxsize
         looks = [look]
-        cut = unfinished(look.data) if look.last else len(look.data)
+        cut = unfinished(look.data)
         if cut < len(look.data):
-            # Both as if nothing followed and as if the escape went on.
             hold = look.place(cut, cut + 1)[0]
             looks.append(look._replace(data=look.data[:cut]))
             self._look(looks[1])
         for each in looks if rounds else ():
-            view = unescape(each.data)
-            if view is not None:
-                deeper = each.through(view)
+            if found := escapes(each.data, 0, len(each.data)):
+                view = View(each.data, found)
+                deeper = each._replace(data=view.data, views=(view, *each.views))
                 self._look(deeper)
-                hold = min(hold, self._decode(deeper, rounds - 1))
+                hold = min(hold, self._nested(deeper, rounds - 1))
         return hold
-
-    def _windows(self, text: bytes, cut: int) -> Iterator[tuple[int, int]]:
-        """Parts of the text whose escapes can be within an occurrence, or cut at the end."""
-        places = escapes(text)
-        if cut < len(text):
-            places.append(cut)
-        begin = end = 0
-        for place in places:
-            if place - self._widest > end:
-                if begin < end:
-                    yield begin, end
-                begin = align(text, place - self._widest)
-            end = max(end, place + self._widest)
-            if end >= len(text):
-                break
-        if begin < end:
-            yield begin, min(end, len(text))
 
     def _look(self, look: _Look) -> None:
         for lens in self._lenses:
-            for start, end, form, partial in lens.look(look.data, last=look.last):
+            for start, end, form, partial in lens.look(look.data):
                 first, last = look.place(start, end)
                 if partial:
                     most = min(GUARD, max(2, len(form.exact) * 3 // 4))
@@ -159,11 +181,7 @@ class _Look(NamedTuple):
     spans: list[Span]
     opens: list[Open]
     begin: int = 0
-    last: bool = True
     views: tuple[View, ...] = ()
-
-    def through(self, view: View) -> _Look:
-        return self._replace(data=view.data, views=(view, *self.views))
 
     def place(self, start: int, end: int) -> tuple[int, int]:
         for view in self.views:
@@ -194,9 +212,9 @@ class _Lens:
                     self._heads[anchor[:length]] = shortest
         self._widest = max(form.reach for form in known)
 
-    def look(self, data: bytes, *, last: bool) -> Iterator[tuple[int, int, Form, int]]:
+    def look(self, data: bytes) -> Iterator[tuple[int, int, Form, int]]:
         """(start, end, form, 0) of each occurrence; with the length of the beginning if it is
-        only that, up to the end of the data, and these are the ``last`` ones."""
+        only that, up to the end of the data."""
         text = data.translate(self._table, self._drops) if self._drops else data
         found = self._anchors.find(text)
         if found:
@@ -205,10 +223,8 @@ class _Lens:
                 start = places[at] if places else at
                 for form in self._forms[index]:
                     end, partial = _compare(form, data, start)
-                    if end and (last or not partial):
+                    if end:
                         yield start, end, form, partial
-        if not last:
-            return
         tail = text[1 - ANCHOR :]
         for at in range(len(tail)):
             head = self._heads.get(tail[at:])
@@ -278,7 +294,7 @@ class _Anchors:
     def __init__(self, anchors: Sequence[bytes]) -> None:
         self._anchors = anchors
         self._automaton: Any = None
-        self._patience: float = _PATIENCE if _HAS_AUTOMATON else math.inf
+        self._patience: float = _PATIENCE if HAS_AUTOMATON else math.inf
 
     def find(self, text: bytes) -> list[tuple[int, int]]:
         """(which, where) of every occurrence."""

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["View", "align", "escapes", "unescape", "unescape_apart", "unfinished"]
+__all__ = ["Escape", "View", "align", "escapes", "telling", "unfinished"]
 
 _HEX = rb"[0-9A-Fa-f]"
 _PERCENT = _HEX + rb"{2}"
 _BACKSLASH = (
-    rb"(?:u[dD][89abAB]" + _HEX + rb"{2}\\u[dD][c-fC-F]" + _HEX + rb"{2}"
+    rb"u[dD][89abAB]" + _HEX + rb"{2}\\u[dD][c-fC-F]" + _HEX + rb"{2}"
     rb"|u" + _HEX + rb"{4}|u\{" + _HEX + rb"{1,6}\}|U" + _HEX + rb"{8}|x" + _HEX + rb"{2}"
-    rb"|[0-7]{1,3}|[\\nrtbfvae])"
+    rb"|[0-7]{1,3}|[\\bfvae]"
 )
 _REFERENCE = rb"(?:\#[0-9]{1,7}|\#[xX]" + _HEX + rb"{1,6}|amp|lt|gt|quot|apos|nbsp);"
-_ESCAPE = re.compile(
-    rb"[%%\\&](?:(?<=%%)%b|(?<=\\)%b|(?<=&)%b)" % (_PERCENT, _BACKSLASH, _REFERENCE)
-)
-#: The same by their first byte: the search for one byte is many times as fast.
-_BY_FIRST = {
+#: By their first byte: the search for one byte is many times as fast as for one of three.
+_KINDS = {
     b"%": re.compile(b"%" + _PERCENT),
-    b"\\": re.compile(rb"\\" + _BACKSLASH),
+    b"\\": re.compile(rb"\\(?:" + _BACKSLASH + rb"|[nrt])"),
     b"&": re.compile(b"&" + _REFERENCE),
 }
+#: Those that stand for more than a blank.
+_TELLING = {**_KINDS, b"\\": re.compile(rb"\\(?:" + _BACKSLASH + b")")}
+#: No escape begins with another kind's first byte, so the kinds can be searched for one by one.
+_ESCAPE = re.compile(b"|".join(pattern.pattern for pattern in _KINDS.values()))
 #: What can still become an escape when more follows.
 _UNFINISHED = re.compile(
     rb"(?:%" + _HEX + rb"?"
@@ -38,10 +39,13 @@ _UNFINISHED = re.compile(
     rb"|[0-7]{0,2})"
     rb"|&\#?[0-9A-Za-z]{0,7})\Z"
 )
+_BLANKS = (b"\\n", b"\\r", b"\\t")
+_SPARSE = 256
+_RARE = 64
 #: No escape is longer.
 _LONGEST = 12
 
-_LETTERS = {
+_KNOWN = {
     b"\\n": b"\n",
     b"\\r": b"\r",
     b"\\t": b"\t",
@@ -60,81 +64,91 @@ _LETTERS = {
 }
 
 
+#: Where an escape is, what it stands for, and by which byte it begins.
+Escape = tuple[int, int, bytes, bytes]
+
+
 class View:
-    """Bytes that were decoded from others; positions in them lead back to the others."""
+    """A text with some escapes decoded. Positions in ``data`` lead back to the text."""
 
-    __slots__ = ("_decoded", "_lengths", "_pattern", "_source", "_starts", "_widths", "data")
+    __slots__ = ("_decoded", "_escapes", "data")
 
-    def __init__(self, data: bytes, source: bytes, pattern: re.Pattern[bytes]) -> None:
-        self.data, self._source, self._pattern = data, source, pattern
-        self._starts: list[int] | None = None  # of the escapes, in the source
-        self._widths: list[int] = []
-        self._decoded: list[int] = []  # and in the data
-        self._lengths: list[int] = []
+    def __init__(self, text: bytes, escapes: Sequence[Escape]) -> None:
+        parts: list[bytes] = []
+        at = 0
+        for start, end, meaning, _ in escapes:
+            parts += (text[at:start], meaning)
+            at = end
+        parts.append(text[at:])
+        self.data = b"".join(parts)
+        self._escapes = escapes
+        self._decoded: list[int] = []  # where they are in the data
 
     def start(self, at: int) -> int:
-        """Where the byte at ``at`` begins in the source."""
-        return self._source_of(at)[0]
+        """Where in the text the byte at ``at`` begins."""
+        return self._source(at)[0]
 
     def end(self, at: int) -> int:
-        """Where the byte before ``at`` ends in the source."""
-        return self._source_of(at - 1)[1]
+        """Where in the text the byte before ``at`` ends."""
+        return self._source(at - 1)[1]
 
-    def _source_of(self, at: int) -> tuple[int, int]:
-        starts = self._starts
-        if starts is None:
-            starts = self._index()
+    def _source(self, at: int) -> tuple[int, int]:
+        if not self._decoded:
+            shift = 0
+            for start, end, meaning, _ in self._escapes:
+                self._decoded.append(start - shift)
+                shift += end - start - len(meaning)
         place = bisect_right(self._decoded, at) - 1
         if place < 0:
             return at, at + 1
-        over = at - self._decoded[place] - self._lengths[place]
-        begin, end = starts[place], starts[place] + self._widths[place]
-        return (begin, end) if over < 0 else (end + over, end + over + 1)
-
-    def _index(self) -> list[int]:
-        starts: list[int] = []
-        shift = 0
-        for match in self._pattern.finditer(self._source):
-            begin, width, length = match.start(), match.end() - match.start(), len(_decode(match))
-            starts.append(begin)
-            self._widths.append(width)
-            self._decoded.append(begin - shift)
-            self._lengths.append(length)
-            shift += width - length
-        self._starts = starts
-        return starts
+        start, end, meaning, _ = self._escapes[place]
+        over = at - self._decoded[place] - len(meaning)
+        return (start, end) if over < 0 else (end + over, end + over + 1)
 
 
-def escapes(text: bytes) -> list[int]:
-    """Where escapes are, in order."""
+def telling(text: bytes) -> tuple[list[int], bytes]:
+    """Where escapes are, in order, and the text.
+
+    If they are many, those are left out that stand for an end of line or a tab, as JSON is full of
+    them: the text has blanks in their places instead.
+    """
+    places = _places(text, _KINDS)
+    if len(places) <= len(text) // _SPARSE:
+        return places, text
+    blanked = text
+    for escape in _BLANKS:
+        blanked = blanked.replace(escape, b"  ")
+    return (places, text) if blanked is text else (_places(text, _TELLING), blanked)
+
+
+def _places(text: bytes, kinds: Mapping[bytes, re.Pattern[bytes]]) -> list[int]:
     found: list[int] = []
-    for first, pattern in _BY_FIRST.items():
-        if first in text:
-            found += [match.start() for match in pattern.finditer(text)]
+    for first, pattern in kinds.items():
+        at = text.find(first)
+        for _ in range(_RARE):  # finding a byte is faster than a pattern, where it is rare
+            if at < 0:
+                break
+            if match := pattern.match(text, at):
+                found.append(at)
+            at = text.find(first, match.end() if match else at + 1)
+        if at >= 0:
+            found += [match.start() for match in pattern.finditer(text, at)]
     found.sort()
     return found
 
 
-def unescape(source: bytes) -> View | None:
-    """The text with its escapes decoded, or None when it has none."""
-    if b"\\" in source or b"%" in source or b"&" in source:
-        return _unescape(source, _ESCAPE)
-    return None
-
-
-def unescape_apart(source: bytes) -> list[View]:
-    """The text with one kind of escapes decoded, for each kind, if it has several.
-
-    What looks like an escape of one kind may be the beginning of a text that another kind hides.
-    """
-    views = [_unescape(source, kind) for first, kind in _BY_FIRST.items() if first in source]
-    found = [view for view in views if view is not None]
-    return found if len(found) > 1 else []
-
-
-def _unescape(source: bytes, pattern: re.Pattern[bytes]) -> View | None:
-    data, count = pattern.subn(_decode, source)
-    return View(data, source, pattern) if count else None
+def escapes(text: bytes, begin: int, end: int) -> list[Escape]:
+    """Every escape in a part of the text, in order."""
+    found: list[Escape] = []
+    for kind, pattern in _KINDS.items():
+        if text.find(kind, begin, end) >= 0:
+            for match in pattern.finditer(text, begin, end):
+                first, last = match.span()
+                escape = text[first:last]
+                meaning = _KNOWN.get(escape)
+                found.append((first, last, _decode(escape) if meaning is None else meaning, kind))
+    found.sort()
+    return found
 
 
 def unfinished(text: bytes) -> int:
@@ -157,16 +171,12 @@ def align(text: bytes, at: int) -> int:
     return at
 
 
-def _decode(match: re.Match[bytes]) -> bytes:
-    escape = match[0]
-    letter = _LETTERS.get(escape)
-    if letter is not None:
-        return letter
+def _decode(escape: bytes) -> bytes:
     if escape[:1] == b"%":
         return bytes((int(escape[1:], 16),))
     if escape[:1] == b"&":
         return _character(int(escape[3:-1], 16) if escape[2:3] in b"xX" else int(escape[2:-1]))
-    return _KINDS.get(escape[1:2], _octal)(escape)
+    return _LETTERS.get(escape[1:2], _octal)(escape)
 
 
 def _octal(escape: bytes) -> bytes:
@@ -188,4 +198,4 @@ def _character(number: int) -> bytes:
     return chr(number).encode("utf-8", "surrogatepass") if number < 0x110000 else b""
 
 
-_KINDS: dict[bytes, Callable[[bytes], bytes]] = {b"x": _byte, b"u": _unicode, b"U": _unicode}
+_LETTERS: dict[bytes, Callable[[bytes], bytes]] = {b"x": _byte, b"u": _unicode, b"U": _unicode}

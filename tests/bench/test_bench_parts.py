@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import calls, ends, peers, report, stage, stages, starts
+from bench import calls, ends, peers, redact, report, stage, stages, starts
 from bench.__main__ import PARTS, main
 
 TINY = ("--runs", "2", "--rounds", "1", "--callers", "2", "--sessions", "2", "--no-peers")
@@ -161,3 +161,15 @@ def test_the_whole_bench_with_every_peer(tmp_path: Path) -> None:
     document.write_text(written.replace("before", "again"))
     assert main(["--from", str(file), "--write", str(document)]) == 0
     assert document.read_text() == written.replace("before", "again")
+
+
+def test_searching_output_for_values() -> None:
+    figures = redact.measure(1, size=1 << 18)
+    # Each text had a value, which was masked.
+    assert not [text for text in figures["lacking"] if not text.startswith("the automaton")]
+    assert {row["secrets"] for row in figures["rates"]} == {1, 3, 100}
+    assert all(row["mb_per_s"] > 0 for row in figures["rates"])
+    assert all(row["us"] > 0 for row in figures["prepare"])
+    text = redact.table(figures)
+    assert "MB/s of log with 100 values" in text
+    assert "source code" in text

@@ -110,10 +110,10 @@ def test_the_audit_log_can_be_followed(daemon: Ctl) -> None:
 def test_a_decision_is_explained_without_running_anything(daemon: Ctl) -> None:
     allowed = daemon("policy", "explain", "sh", "shell", '{"command": "id"}').stdout
     assert allowed.startswith("verdict    allow\n")
-    assert "\nruns " in allowed
+    assert "\narguments " in allowed
     assert '"-c", "--", "id"]' in allowed
     denied = daemon("policy", "explain", "other", "shell", '{"command": "id"}', status=4)
-    assert denied.stdout.startswith("verdict    deny\n")
+    assert denied.stdout.split()[:2] == ["verdict", "deny"]
     wrong = daemon.json("policy", "explain", "sh", "shell", "-", stdin=b"{}", status=4)
     assert wrong["verdict"] == "deny"
     assert "command" in wrong["reason"]

@@ -86,6 +86,7 @@ def test_an_approved_call_runs_and_its_client_gets_progress_meanwhile(asking: As
     assert asking.daemon.call("status")["approvals"] == 1
     (session,) = asking.daemon.call("session.list")["sessions"]
     assert (session["calls_running"], session["calls_waiting"]) == (0, 1)
+    assert " 0 (1 to approve) " in asking.daemon.ctl("session", "list").stdout
     assert row["id"] in asking.daemon.ctl("approvals", "list").stdout
     done = asking.daemon.ctl("approvals", "approve", row["id"])
     assert done.stdout == f"{row['id']} approved: ask of caller\n"

@@ -72,7 +72,7 @@ def tooled(configured: RealDaemon) -> RealDaemon:
         argv: ["{word}"]
         """,
     )
-    configured.tool("gone", "#!/no/such/interpreter\n", "")
+    configured.tool("gone", "no program and no script\n", "")
     for name in ("use_secret", "slow", "flood", "gone"):
         path = configured.paths.config / f"tools/{name}/tool.yaml"
         path.write_text(path.read_text() + "input: {type: object, additionalProperties: false}\n")
@@ -145,7 +145,7 @@ def test_what_is_wrong_with_a_call_is_said(tooled: RealDaemon) -> None:
 def test_a_program_that_cannot_run_is_told_from_one_that_fails(tooled: RealDaemon) -> None:
     (answer,) = calls(tooled, ("gone", {}))
     assert answer["result"]["isError"] is True
-    assert "ENOENT" in text(answer)
+    assert "ENOEXEC" in text(answer)
     assert tooled.audit()[-2]["outcome"] == "failed"
 
 

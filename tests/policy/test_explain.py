@@ -168,3 +168,23 @@ def test_a_removed_agent_is_told(config: Any) -> None:
     (config.path / "agents/coder.yaml").unlink()
     found = differences(before, seen(config))
     assert {(c["tool"], c["change"]) for c in found} == {(None, "removed"), ("echo", "removed")}
+
+
+def test_in_files_a_server_stands_for_its_tools(config: Any) -> None:
+    config.write(
+        "tools/notes/tool.yaml",
+        """\
+        version: 1
+        kind: mcp
+        name: notes
+        description: notes
+        program: /bin/sh
+        secrets: [NOTES_KEY]
+        """,
+    )
+    config.agent(tools="[echo, notes]")
+    loaded = config.load()
+    found = outlook(loaded, servers=True)["coder"]["notes"]
+    assert found["inject"] == ["NOTES_KEY as NOTES_KEY (env)"]
+    assert "verdict" not in found
+    assert "notes" not in outlook(loaded)["coder"], "nothing was accepted of it"

@@ -7,6 +7,7 @@ pieces come on both streams in any order, and a reader may have lost patience at
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Sequence
 
 import pytest
@@ -30,7 +31,9 @@ _lines = st.lists(_line, min_size=2, max_size=4).map("\n".join)
 values = (
     st.one_of(_token, _printable, _unicode, _lines)
     .map(lambda value: value[:84])
-    .filter(lambda value: len(set(value)) > 5 and value == value.strip())
+    .filter(
+        lambda value: len(set(value)) > 5 and value[:3].strip("'\"\\:, ") and value == value.strip()
+    )
 )
 spellings = st.sampled_from(sorted(ALL))
 #: What stands around a value; none of it can be a part of one by chance.
@@ -87,8 +90,9 @@ def test_no_split_of_any_encoding_leaks_eight_characters(
     around: tuple[bytes, bytes],
 ) -> None:
     spelling = ALL[name](value)
-    # A backslash before the value makes another character of its first, for every reader.
+    # What stands before it makes another character of the value's first, for every reader.
     assume(around[0] != b"\\" or value[0] not in "nrtbfvaeuUx01234567\\")
+    assume(around[0] != b"%" or not set(value[:2]) <= set(string.hexdigits))
     stdout, stderr, watched, hits = shown(spelling, cuts, streams, relaxes, around, value)
     assert hits
     for window in spelling.windows(value):
