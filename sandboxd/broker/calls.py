@@ -260,6 +260,7 @@ class Calls:
                 rule=decision.rule,
                 reason=reason,
                 injected=injected if verdict != "deny" else [],
+                **({"lowered": list(decision.lowered)} if decision.lowered else {}),
                 **(asking.recorded if asking else {}),
             )
         except StoreError as error:

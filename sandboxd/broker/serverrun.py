@@ -17,7 +17,6 @@ import trio
 from sandboxd.audit import JSON, AuditLog
 from sandboxd.broker import descriptors
 from sandboxd.broker.chosen import Chosen, unseal
-from sandboxd.broker.content import Mask
 from sandboxd.broker.failures import describe, first
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.mcppeer import Fault, Peer
@@ -30,7 +29,7 @@ from sandboxd.policy.decide import Decision
 from sandboxd.policy.definitions import read_definitions
 from sandboxd.policy.mcpserver import McpServer
 from sandboxd.policy.programs import Held, hold_program
-from sandboxd.redact import Matcher
+from sandboxd.redact import Mask, Matcher
 from sandboxd.vault.vault import Vault
 
 __all__ = ["Running", "Start"]

@@ -71,7 +71,7 @@ class Streams:
 
     def __init__(self, matcher: Matcher, names: Sequence[str]) -> None:
         self._matcher = matcher
-        self._lanes = {name: _Lane(matcher) for name in names}
+        self._lanes = {name: _Lane(matcher, name) for name in names}
         self._joint = _Joint(matcher)
 
     def __repr__(self) -> str:
@@ -92,14 +92,17 @@ class Streams:
             return [(name, data)]
         lane = self._lanes[name]
         lane.push(data)
+        waited = self._joint.names()
         self._joint.push(lane, data)
-        return self._outputs({each: lane.take() for each, lane in self._lanes.items()})
+        # What comes may decide about what other streams hold back.
+        names = [*sorted(waited - {name}), name]
+        return self._outputs({each: self._lanes[each].take() for each in names})
 
     def relax(self) -> list[tuple[str, bytes]]:
         """What was held back and tells too little to matter, for a reader who waits."""
         limits = self._joint.limits()
         return self._outputs(
-            {name: lane.relax(limits.get(id(lane))) for name, lane in self._lanes.items()}
+            {name: lane.relax(limits.get(name)) for name, lane in self._lanes.items()}
         )
 
     def flush(self, name: str, followed_by: bytes = b"") -> tuple[bytes, int]:
@@ -136,11 +139,12 @@ class _Lane:
         "_seen",
         "base",
         "counts",
+        "name",
         "until",
     )
 
-    def __init__(self, matcher: Matcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Matcher, name: str = "") -> None:
+        self._matcher, self.name = matcher, name
         self._buffer = b""
         #: Bytes at the end of the buffer that were not searched yet.
         self._fresh = 0
@@ -235,6 +239,8 @@ class _Lane:
     def _give(self, end: int) -> bytes:
         """Mask and give out what comes before ``end``, except what was given out before."""
         buffer, base, at = self._buffer, self.base, self._given
+        if end <= at:
+            return b""
         out: list[bytes] = []
         for start, stop, name in self._spans() if self._seen.spans or self._marks else ():
             if start >= end:
@@ -268,6 +274,10 @@ class _Joint:
         self._pieces: list[tuple[_Lane, int, bytes]] = []
         self._opens: list[tuple[int, str, bool, bool]] = []
 
+    def names(self) -> set[str]:
+        """The streams that a value which isn't over may be on."""
+        return {lane.name for lane, _, _ in self._pieces}
+
     def push(self, lane: _Lane, data: bytes) -> None:
         """``data`` are the newest bytes of the stream, and searched for there already."""
         pieces = self._pieces
@@ -290,13 +300,13 @@ class _Joint:
             starts.setdefault(id(each), start)
             each.until = starts[id(each)]
 
-    def limits(self) -> dict[int, int]:
+    def limits(self) -> dict[str, int]:
         """By stream, what must not be given out although a reader waits."""
-        limits: dict[int, int] = {}
+        limits: dict[str, int] = {}
         for start, _, guarded, _ in self._opens:
             if guarded:
                 for lane, first, _ in self._covered(start, None):
-                    limits[id(lane)] = min(first, limits.get(id(lane), first))
+                    limits[lane.name] = min(first, limits.get(lane.name, first))
         return limits
 
     def finish(self) -> None:
@@ -329,8 +339,15 @@ class _Joint:
 
     def _mark(self, start: int, end: int, name: str) -> None:
         covered = self._covered(start, end)
-        if len({id(lane) for lane, _, _ in covered}) > 1:
-            for lane, first, last in covered:
+        pieces: dict[str, list[tuple[_Lane, int, int]]] = {}
+        for lane, first, last in covered:
+            same = pieces.setdefault(lane.name, [])
+            if same and same[-1][2] == first:  # on its own stream they are next to each other
+                same[-1] = (lane, same[-1][1], last)
+            else:
+                same.append((lane, first, last))
+        for same in pieces.values() if len(pieces) > 1 else ():
+            for lane, first, last in same:
                 lane.mark(first, last, name)
 
     def _covered(self, start: int, end: int | None) -> list[tuple[_Lane, int, int]]:
