@@ -34,6 +34,7 @@ __all__ = [
     "Held",
     "Interpreter",
     "Refused",
+    "bytes_to_hash",
     "hold_program",
     "interpreters_of",
     "is_native",
@@ -112,6 +113,19 @@ def hold_program(tool: Tool) -> Held:
         raise
 
 
+def bytes_to_hash(tool: Tool) -> int:
+    """How much :func:`hold_program` would read now."""
+    total = 0
+    for path in (tool.program, *(interpreter.path for interpreter in tool.interpreters)):
+        try:
+            there = os.stat(path)  # noqa: PTH116 - in the way of every call
+        except OSError:
+            continue  # it will tell
+        if there.st_size <= _SMALL or _key(there) not in _known:
+            total += there.st_size
+    return total
+
+
 def interpreters_of(program: Path, environment: Mapping[str, str]) -> tuple[Interpreter, ...]:
     """What the kernel would start to run the script ``program``, the innermost first; () of others.
 
@@ -166,7 +180,7 @@ _known: dict[tuple[int, ...], str] = {}
 
 
 def _digest(fd: int, there: os.stat_result) -> str:
-    key = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
+    key = _key(there)
     if there.st_size > _SMALL and key in _known:
         return _known[key]
     with open(fd, "rb", closefd=False, buffering=0) as stream:
@@ -177,6 +191,10 @@ def _digest(fd: int, there: os.stat_result) -> str:
             _known.pop(next(iter(_known)), None)
         _known[key] = digest
     return digest
+
+
+def _key(there: os.stat_result) -> tuple[int, ...]:
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
 
 
 def _same(one: os.stat_result, other: os.stat_result) -> bool:
