@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from sandboxd.admin.offers import take_named
 from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.broker.serverrun import Running
@@ -56,6 +57,7 @@ class SessionMethods:
         )
         if request.tty and not request.attach:
             raise Invalid("a terminal needs somebody attached to it")
+        await take_named(self._daemon, request.agent)
         manager = self._daemon.sessions
         # A client that leaves right now must not leave a session that nobody knows of.
         with trio.CancelScope(shield=True):
@@ -131,7 +133,9 @@ class SessionMethods:
                 **self._changes(session.id),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
                 "network": session.terms.network,
-                "isolation": layers(session.terms.network, self._daemon.launcher),
+                "isolation": layers(
+                    session.terms.network, self._daemon.launcher, session.terms.lowered
+                ),
                 "tools": [tool.name for tool in self._daemon.calls.tools(session)],
                 "servers": [
                     _server_row(one) for one in self._daemon.calls.servers.live(session.id)

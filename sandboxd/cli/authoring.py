@@ -15,6 +15,7 @@ from sandboxd.cli.parser import Commands, Parser, command
 from sandboxd.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
+    from sandboxd.admin.client import AdminClient
     from sandboxd.authoring.findings import Finding
     from sandboxd.secret import Secret
 
@@ -175,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
     arguments = _arguments(args)
     place = {"session": args.session} if args.session else {"agent": args.agent}
     with connect(args) as daemon:
+        _tell_of_waiting(daemon, args, arguments)
         stdout, stderr, ended = run_tool(daemon, tool=args.tool, arguments=arguments, **place)
     if args.json:
         output.print_json(
@@ -188,6 +190,17 @@ def run(args: argparse.Namespace) -> int:
         _show_output(stdout, stderr)
         _show_end(ended, args.tool)
     return _STATUS.get(ended["outcome"], 1)
+
+
+def _tell_of_waiting(
+    daemon: AdminClient, args: argparse.Namespace, arguments: dict[str, Any]
+) -> None:
+    """Say it beforehand when the call will wait: nothing comes until somebody answers."""
+    agent = args.agent or daemon.call("session.show", id=args.session)["agent"]
+    asked = daemon.call("policy.explain", agent=agent, tool=args.tool, arguments=arguments)
+    if asked["verdict"] == "ask":
+        output.note(f"waits for an operator's approval, {asked['approval_timeout']:g} s at most")
+        output.note("  hint: in another terminal: sandboxctl approvals watch")
 
 
 def _add_arguments(parser: Parser) -> None:

@@ -121,13 +121,13 @@ async def test_a_client_that_leaves_while_it_is_approved_runs_nothing(
 async def test_an_answer_given_in_time_counts_though_the_disk_is_slow(
     approvals: Approvals, audit: Held
 ) -> None:
-    call = Asked(approvals, limit=0.05)
+    call = Asked(approvals, limit=0.5)
     audit.hold("approval.approved")
     async with trio.open_nursery() as nursery:
         await nursery.start(call)
         nursery.start_soon(approvals.approve, "c-1", ANNA)
         await audit.reached.wait()
-        await trio.sleep(0.1)  # past the limit
+        await trio.sleep(0.6)  # past the limit
         with pytest.raises(Conflict, match="is being answered by anna"):
             await approvals.deny("c-1", BERT)
         audit.go.set()

@@ -190,6 +190,19 @@ def until_line(stream: IO[bytes], beginning: bytes) -> bytes:
     raise AssertionError(f"no {beginning!r} in {seen!r}")
 
 
+def test_an_operators_own_call_says_that_it_waits(asker: Asker) -> None:
+    call = ("tools", "run", "shell", "--agent", "asker", "--args", '{"command": "echo mine"}')
+    running = asker.ctl.start(*call)
+    asker.started.append(running)
+    assert running.stderr is not None
+    assert running.stderr.readline() == b"waits for an operator's approval, 300 s at most\n"
+    assert b"sandboxctl approvals watch" in running.stderr.readline()
+    (id,) = asker.wait_for(1)
+    asker.ctl("approvals", "approve", id)
+    said, _ = running.communicate(timeout=30)
+    assert (running.returncode, said) == (0, b"mine\n")
+
+
 def test_ids_are_completed(asker: Asker) -> None:
     asker.ask("echo x")
     (id,) = asker.wait_for(1)
