@@ -60,6 +60,8 @@ class Daemon:
     started_at: float = field(default_factory=time.time)
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
+    #: Servers whose manifest names definitions that they were asked about already.
+    asked: set[tuple[str, str, str]] = field(default_factory=set)
     _reloading: trio.Lock = field(default_factory=trio.Lock)
 
     async def check(self) -> Config:

@@ -10,9 +10,23 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sandboxd.isolation.client import Launcher, open_launcher
 from sandboxd.isolation.launcher import fork_launcher
+
+# No deadline and no check for slow data: the machine may be busy. No database: the checkout may be
+# read-only. The same examples each time, so that a change is judged by what it changes; others
+# with pytest --hypothesis-profile=explore.
+_PROPERTIES = settings(
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("sandboxd", _PROPERTIES, derandomize=True)
+settings.register_profile("explore", _PROPERTIES, max_examples=1000)
+settings.load_profile("sandboxd")
 
 #: Whom a launcher of mode "user" runs as when root runs the tests.
 ORDINARY_UID = 64123

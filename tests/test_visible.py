@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sandboxd.visible import MAX_TEXT, json_lines, quoted, reading, wrapped
@@ -95,7 +95,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, database=None)
 @given(json_values)
 def test_uncut_lines_are_the_value_and_printable_ascii(value: Any) -> None:
     lines = [
@@ -105,7 +104,6 @@ def test_uncut_lines_are_the_value_and_printable_ascii(value: Any) -> None:
     assert all(line.isascii() and line.isprintable() for line in lines)
 
 
-@settings(deadline=None, database=None)
 @given(st.text(st.characters(exclude_categories=[])))
 def test_a_reading_is_printable_and_nothing_else_than_the_text(text: str) -> None:
     read = reading(text)
@@ -113,7 +111,6 @@ def test_a_reading_is_printable_and_nothing_else_than_the_text(text: str) -> Non
     assert read.isprintable()
 
 
-@settings(deadline=None, database=None)
 @given(st.text(), st.integers(20, 200))
 def test_every_row_of_a_terminal_begins_with_a_mark_of_ours(text: str, width: int) -> None:
     for line in json_lines({"text": text}):

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import trio
 
-from sandboxd.admin.params import iso, known_agent, param, thread
+from sandboxd.admin.offers import offered_by
+from sandboxd.admin.params import iso, known_agent, param
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.broker.chosen import choose
-from sandboxd.errors import Conflict, Denied, Invalid, NotFound
-from sandboxd.names import new_session_id, shown
+from sandboxd.errors import Conflict, Invalid, NotFound
+from sandboxd.names import shown
 from sandboxd.policy import Agent, Config
-from sandboxd.policy.decide import launch_terms, session_terms
 from sandboxd.policy.definitions import Definition, digest_of, exposed, validator_of
 from sandboxd.policy.mcpserver import McpServer, Pin
 from sandboxd.running import Daemon
-from sandboxd.vault.vault import Snapshot
 
 __all__ = ["ServerMethods"]
 
 #: Inspections that wait to be accepted, of all servers together.
 _REMEMBERED = 32
-
-
-@dataclass(frozen=True)
-class _Standing:
-    """An operator in an agent's place, for as long as a server is asked what it offers."""
-
-    id: str
-    agent: Agent
-    config: Config
-    snapshot: Snapshot
-    workspace: Path | None
-    overlay: int = -1
-    uid: int = -1
 
 
 class ServerMethods:
@@ -87,24 +70,7 @@ class ServerMethods:
         config = self._daemon.config
         server = _server(config, params)
         agent = self._agent(server, params)
-        standing = await self._standing(agent)
-        terms = launch_terms(config, agent, server.launch)
-        if terms.verdict == "deny":
-            raise Denied(terms.reason, rule=terms.rule, hint=terms.hint)
-        chosen, missing, _ = choose(self._daemon.vault, terms, standing.snapshot)
-        if missing:
-            raise Denied(
-                f"{server.name} can't start: {agent.slug} has no variable {', '.join(missing)}",
-                hint=f"sandboxctl env set {agent.slug} {missing[0]}",
-            )
-        await self._daemon.audit.append(
-            "tools.inspected",
-            by=caller.name,
-            server=server.name,
-            agent=agent.slug,
-            injected=[{"name": s.name, "version": s.version} for _, s in chosen],
-        )
-        found, problems = await self._daemon.calls.servers.probe(standing, server, chosen)
+        found, problems = await offered_by(self._daemon, server, agent, caller.name)
         digest = digest_of(found)
         self._remember(server.name, digest, found)
         pin = self._daemon.pins.pins.get(server.name)
@@ -178,12 +144,6 @@ class ServerMethods:
                 hint="say whose variables it is started with: --agent AGENT",
             )
         return config.agents[listing[0]]
-
-    async def _standing(self, agent: Agent) -> _Standing:
-        config = self._daemon.config
-        snapshot = await thread(self._daemon.vault.snapshot, agent.slug)
-        workspace = self._daemon.sessions.workspace_of(agent, session_terms(config, agent))
-        return _Standing(new_session_id(), agent, config, snapshot, workspace)
 
 
 def _server(config: Config, params: dict[str, Any]) -> McpServer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from sandboxd.admin.offers import take_named
 from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.broker.serverrun import Running
@@ -56,6 +57,7 @@ class SessionMethods:
         )
         if request.tty and not request.attach:
             raise Invalid("a terminal needs somebody attached to it")
+        await take_named(self._daemon, request.agent)
         manager = self._daemon.sessions
         # A client that leaves right now must not leave a session that nobody knows of.
         with trio.CancelScope(shield=True):

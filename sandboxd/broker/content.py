@@ -1,7 +1,7 @@
 """What of an MCP server's answer reaches the agent: known blocks, bounded, without secret values.
 
 A block is rebuilt from the fields that its type has (MCP 2025-11-25, "Tool Result"); anything else,
-``_meta`` included, stays here. Pure but for the counting of what was masked.
+``_meta`` included, stays here. Pure but for what the mask counts.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ def passed_on(result: Mapping[str, Any], mask: Mask, limit: int) -> Passed:
     room = limit
     blocks: list[dict[str, Any]] = []
     missing: list[str] = []
-    for block in _blocks(content if isinstance(content, list) else [], mask):
-        if block is None:
-            missing.append("a block of an unknown form")
-            continue
+    known = [_block(raw) for raw in (content if isinstance(content, list) else [])[:MAX_BLOCKS]]
+    missing += ["a block of an unknown form" for block in known if block is None]
+    for block in mask.content([block for block in known if block is not None]):
         size = _size(block)
         if size <= room:
             blocks.append(block)
@@ -69,68 +68,52 @@ def _told(missing: list[str], limit: int) -> str:
     if not missing:
         return ""
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    return f"left out for the limit of {limit:,} bytes: {', '.join(missing[:3])}{more}"
+    return f"left out (the limit is {limit:,} bytes): {', '.join(missing[:3])}{more}"
 
 
-def _blocks(content: list[Any], mask: Mask) -> list[dict[str, Any] | None]:
-    """The blocks; their texts masked as they are read, one after the other."""
-    blocks = [_block(raw, mask) for raw in content[:MAX_BLOCKS]]
-    texts = [block for block in blocks if block is not None and block["type"] == "text"]
-    for block, text in zip(texts, mask.texts([b["text"] for b in texts]), strict=True):
-        block["text"] = text
-    return blocks
-
-
-def _block(raw: Any, mask: Mask) -> dict[str, Any] | None:
-    """The block with its known fields, or None for one that is of no known form.
-
-    The text of a text block is still the server's: only all of them together are masked.
-    """
+def _block(raw: Any) -> dict[str, Any] | None:
+    """The block with its known fields, or None for one that is of no known form."""
     kind = raw.get("type") if isinstance(raw, dict) else None
     made: dict[str, Any] | None = None
     if kind == "text" and isinstance(raw.get("text"), str):
         made = {"type": "text", "text": raw["text"]}
     elif kind in ("image", "audio") and isinstance(raw.get("mimeType"), str):
-        data = _data(raw.get("data"), mask)
-        if data is not None:
-            made = {"type": kind, "data": data, "mimeType": mask.text(raw["mimeType"])}
+        if _is_base64(raw.get("data")):
+            made = {"type": kind, "data": raw["data"], "mimeType": raw["mimeType"]}
     elif kind == "resource_link" and isinstance(raw.get("uri"), str):
-        made = {"type": kind, **_texts(raw, mask)}
+        made = {"type": kind, **_texts(raw)}
         made.setdefault("name", made["uri"])
         if isinstance(raw.get("size"), int) and not isinstance(raw["size"], bool):
             made["size"] = raw["size"]
     elif kind == "resource" and isinstance(raw.get("resource"), dict):
-        resource = _resource(raw["resource"], mask)
+        resource = _resource(raw["resource"])
         made = None if resource is None else {"type": kind, "resource": resource}
     if made is not None and (about := _annotations(raw.get("annotations"))):
         made["annotations"] = about
     return made
 
 
-def _resource(raw: Mapping[str, Any], mask: Mask) -> dict[str, Any] | None:
+def _resource(raw: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(raw.get("uri"), str):
         return None
-    made: dict[str, Any] = {k: v for k, v in _texts(raw, mask).items() if k in ("uri", "mimeType")}
+    made: dict[str, Any] = {k: v for k, v in _texts(raw).items() if k in ("uri", "mimeType")}
     if isinstance(raw.get("text"), str):
-        return {**made, "text": mask.text(raw["text"])}
-    blob = _data(raw.get("blob"), mask)
-    return None if blob is None else {**made, "blob": blob}
+        return {**made, "text": raw["text"]}
+    return {**made, "blob": raw["blob"]} if _is_base64(raw.get("blob")) else None
 
 
-def _texts(raw: Mapping[str, Any], mask: Mask) -> dict[str, Any]:
-    return {key: mask.text(raw[key]) for key in _TEXT if isinstance(raw.get(key), str)}
+def _texts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: raw[key] for key in _TEXT if isinstance(raw.get(key), str)}
 
 
-def _data(raw: Any, mask: Mask) -> str | None:
-    """Base64 whose content was masked; None for what is no base64."""
+def _is_base64(raw: Any) -> bool:
     if not isinstance(raw, str):
-        return None
+        return False
     try:
-        data = base64.b64decode(raw, validate=True)
+        base64.b64decode(raw, validate=True)
     except (ValueError, binascii.Error):
-        return None
-    masked = mask.bytes(data)
-    return raw if masked == data else base64.b64encode(masked).decode("ascii")
+        return False
+    return True
 
 
 def _annotations(raw: Any) -> dict[str, Any]:

@@ -45,6 +45,8 @@ MAX_LIVE = 256
 _GRACE = 2.0
 #: Seconds between two progress reports.
 _PAUSE = 0.1
+#: Answers of more bytes are masked in a thread.
+_LARGE = 256 << 10
 
 
 @dataclass
@@ -306,11 +308,12 @@ class Servers:
         reports = _Reports(progress, mask) if progress is not None else None
         failure: RemoteError | Fault | None = None
         result: Any = None
+        size = 0
         async with trio.open_nursery() as nursery:
             if reports is not None:
                 nursery.start_soon(reports.run)
             try:
-                result, _ = await running.peer.request(
+                result, size = await running.peer.request(
                     "tools/call", params, reports.add if reports else None
                 )
             except (RemoteError, Fault) as error:
@@ -326,7 +329,11 @@ class Servers:
             raise failure
         if not isinstance(result, dict):
             raise Fault("its answer is none of MCP")
-        passed = passed_on(result, mask, decision.output_limit)
+        limit = decision.output_limit
+        if size > _LARGE:  # other sessions must not wait for it
+            passed = await trio.to_thread.run_sync(passed_on, result, mask, limit)
+        else:
+            passed = passed_on(result, mask, limit)
         outcome: Any = "failed" if passed.is_error else "ok"
         if passed.left_out and tool.on_overflow == "kill":
             outcome = "overflow"

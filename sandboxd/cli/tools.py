@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sandboxd.cli import authoring, lint, output, servers
+from sandboxd.cli import authoring, lint, mcpimport, output, servers
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command, group
 
@@ -30,6 +30,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     lint.add(nouns)
     authoring.add(nouns)
     servers.add(nouns)
+    mcpimport.add(nouns)
 
 
 def list_(args: argparse.Namespace) -> int:

@@ -100,6 +100,21 @@ def test_a_server_is_accepted_called_shown_and_taken_back(served: RealDaemon) ->
     assert SECRET not in str(served.audit()) + served.log.read_text()
 
 
+def test_a_manifest_that_names_the_definitions_needs_no_operator(served: RealDaemon) -> None:
+    digest = json.loads(served.ctl("tools", "accept", "kit", "--json").stdout)["digest"]
+    write_server(served, f"definitions: sha256:{'0' * 64}\n")
+    served.call("reload")
+    ran = served.run("caller", "[]")
+    assert json.loads(ran.stdout)["result"]["tools"] == []
+    assert f"the server offers {digest}, which is not what" in served.log.read_text()
+    write_server(served, f"definitions: {digest}\n")
+    served.call("reload")
+    ran = served.run("caller", '[["kit__echo", {"word": "x"}]]')
+    assert json.loads(ran.stdout.splitlines()[1])["result"]["content"][0]["text"] == "x"
+    (accepted,) = [r for r in served.audit() if r["event"] == "tools.accepted"]
+    assert (accepted["by"], accepted["digest"]) == ("tools/kit/tool.yaml definitions", digest)
+
+
 def test_a_live_server_is_shown_and_ends_with_its_secret(served: RealDaemon) -> None:
     assert served.ctl("tools", "accept", "kit", "--yes").returncode == 0
     calls = json.dumps([["kit__count", {}], ["kit__count", {}]])

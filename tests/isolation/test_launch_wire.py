@@ -66,13 +66,13 @@ PLAIN = LaunchSpec(id="x", argv=(b"/bin/true",), env=((b"A", b"b"),), uid=1000)
 
 
 @given(specs)
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 def test_a_spec_survives_the_wire(spec: LaunchSpec) -> None:
     assert decode_spec(encode_spec(spec)) == spec
 
 
 @given(specs, st.data())
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 def test_a_spec_that_is_cut_or_padded_is_refused(spec: LaunchSpec, data: st.DataObject) -> None:
     whole = encode_spec(spec)
     cut = data.draw(st.integers(0, len(whole) - 1))
@@ -82,7 +82,7 @@ def test_a_spec_that_is_cut_or_padded_is_refused(spec: LaunchSpec, data: st.Data
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=100, deadline=None, database=None)
+@settings(max_examples=100)
 def test_noise_is_refused_and_nothing_else(noise: bytes) -> None:
     with pytest.raises(ValueError):
         decode_spec(noise)
@@ -93,7 +93,7 @@ def test_a_count_that_promises_too_much_is_refused_at_once() -> None:
         decode_spec(b"\0" * 8 + b"\xff" * 8)
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(Kind),
     numbers,

@@ -153,7 +153,7 @@ async def test_an_answer_over_the_limit_is_cut_and_says_so(servers: Servers) -> 
     assert (whole.outcome, whole.truncated, len(text_of(whole))) == ("ok", False, 3000)
     cut = await servers.call("huge", {"size": 100_000})
     assert (cut.outcome, cut.truncated, len(text_of(cut))) == ("ok", True, 4096)
-    assert "left out for the limit of 4,096 bytes: the end of a text" in cut.message
+    assert "left out (the limit is 4,096 bytes): the end of a text" in cut.message
 
 
 async def test_a_call_without_an_answer_ends_in_time(servers: Servers) -> None:

@@ -8,14 +8,9 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from hypothesis import settings
 
 from sandboxd.paths import shipped
 from sandboxd.policy import Config, ConfigErrors, load_config
-
-# No deadline: the machine may be busy. No database: the checkout may be read-only.
-settings.register_profile("sandboxd", deadline=None, database=None, print_blob=True)
-settings.load_profile("sandboxd")
 
 AGENT = """\
 version: 1

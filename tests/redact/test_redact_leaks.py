@@ -72,7 +72,7 @@ def shown(
     return kept["stdout"], kept["stderr"], watched + rest + last, both.counts.total()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     value=values,
     name=spellings,
@@ -113,7 +113,7 @@ def test_every_encoding_becomes_the_name_and_nothing_around_it_changes(name: str
     assert left <= 4, out  # what base64 shares with its neighbours, a separator, a padding
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     value=values,
     name=spellings,
@@ -137,7 +137,7 @@ def test_what_comes_out_does_not_depend_on_the_cuts(
     assert out == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     data=st.one_of(st.binary(max_size=400), st.text(max_size=300).map(str.encode)),
     cuts=st.lists(st.integers(0, 400), max_size=8),
@@ -165,7 +165,7 @@ def test_text_without_a_value_passes_byte_for_byte(data: bytes, cuts: list[int])
     assert not both.counts
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(value=values, name=spellings, cuts=st.lists(st.integers(0, 500), max_size=4))
 def test_texts_in_a_row_leak_no_eight_characters(value: str, name: str, cuts: list[int]) -> None:
     spelling = ALL[name](value)

@@ -127,7 +127,7 @@ _words = st.binary(min_size=1, max_size=6).map(lambda b: bytes(97 + c % 3 for c 
 _texts = st.lists(st.one_of(_words, st.binary(max_size=3)), max_size=12)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     values=st.lists(_words, min_size=1, max_size=4, unique=True),
     words=_texts,
