@@ -164,7 +164,9 @@ class Methods:
         versions = {v.name: v.version for v in await thread(daemon.vault.list, agent.slug)}
         for item in found["inject"]:
             item["version"] = versions.get(item["variable"])
-        return Reply({**found, "isolation": layers(found["network"], daemon.launcher)})
+        return Reply(
+            {**found, "isolation": layers(found["network"], daemon.launcher, found["lowered"])}
+        )
 
     async def policy_outlook(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """What each agent can do: by the configuration in force, or by what the files say now."""

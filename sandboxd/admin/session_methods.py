@@ -133,7 +133,9 @@ class SessionMethods:
                 **self._changes(session.id),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
                 "network": session.terms.network,
-                "isolation": layers(session.terms.network, self._daemon.launcher),
+                "isolation": layers(
+                    session.terms.network, self._daemon.launcher, session.terms.lowered
+                ),
                 "tools": [tool.name for tool in self._daemon.calls.tools(session)],
                 "servers": [
                     _server_row(one) for one in self._daemon.calls.servers.live(session.id)

@@ -122,13 +122,14 @@ def list_(args: argparse.Namespace) -> int:
                 row["policy"],
                 _state(row),
                 _calls(row),
+                ",".join(row.get("lowered") or ()) or "-",
                 output.when(row["started_at"]),
                 output.when(row["ended_at"], never="-"),
                 row["by"],
             )
             for row in got["sessions"]
         ),
-        ("SESSION", "AGENT", "POLICY", "STATE", "CALLS", "STARTED", "ENDED", "BY"),
+        ("SESSION", "AGENT", "POLICY", "STATE", "CALLS", "LOWERED", "STARTED", "ENDED", "BY"),
         empty="no sessions" if args.all else "no live sessions",
     )
     return 0

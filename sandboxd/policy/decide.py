@@ -130,7 +130,7 @@ def session_terms(config: Config, agent: Agent) -> SessionTerms:
         network=network,
         workspace=lower_access(agent.workspace.mode, policy.workspace),
         require=policy.require,
-        lowered=("network",) if network == "host" else (),
+        lowered=(*(("network",) if network == "host" else ()), *policy.lower),
     )
 
 
@@ -226,7 +226,7 @@ def _runnable(
         timeout=narrowed.timeout,
         output_limit=narrowed.output_limit,
         approval_timeout=policy.approval_timeout or DEFAULT_APPROVAL_TIMEOUT,
-        lowered=("network",) if tool.network == "host" else (),
+        lowered=(*(("network",) if tool.network == "host" else ()), *policy.lower),
     )
 
 
@@ -235,6 +235,9 @@ def over_ceiling(policy: Policy, agent: Agent, tool: Tool) -> tuple[str, str]:
     if tool.network == "host" and policy.network != "host":
         reason = f"{tool.name} needs network: host, and policy {policy.name} allows none"
         return place(policy, "network"), reason
+    if tool.network == "host" and "network_namespace" in policy.require:
+        reason = f"{tool.name} needs network: host, but {policy.name} requires network_namespace"
+        return place(policy, "require"), reason
     if tool.workspace != "none":
         if policy.workspace == "none":
             reason = f"{tool.name} needs the workspace, and policy {policy.name} allows none"

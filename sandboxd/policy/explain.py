@@ -219,7 +219,7 @@ def _tool_outlook(config: Config, agent: Agent, tool: Tool) -> dict[str, Any]:
         "limits": attrs.asdict(tool.limits.over(TOOL_LIMITS).narrowed(policy.limits)),
         "timeout": min(tool.timeout, policy.timeout or tool.timeout),
         "output_limit": min(tool.output_limit, policy.output_limit or tool.output_limit),
-        "lowered": ["network"] if tool.network == "host" else [],
+        "lowered": [*(["network"] if tool.network == "host" else []), *policy.lower],
         **common,
     }
 

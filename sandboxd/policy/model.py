@@ -404,6 +404,8 @@ class Policy:
     output_limit: Size | None = None
     approval_timeout: Duration | None = None
     require: tuple[Feature, ...] = ()
+    #: What a policy that this one extends requires, and this one does not.
+    lower: tuple[Feature, ...] = ()
     source: str = _loaded("")
     shipped: bool = _loaded(False)
     places: Mapping[str, str] = _loaded(MappingProxyType({}), eq=False, repr=False)
@@ -411,7 +413,8 @@ class Policy:
     @property
     def lowered(self) -> tuple[str, ...]:
         """Isolation layers that something under this policy may go without."""
-        return ("network",) if "host" in (self.network, self.agent_network) else ()
+        network = ("network",) if "host" in (self.network, self.agent_network) else ()
+        return (*network, *self.lower)
 
 
 @attrs.frozen

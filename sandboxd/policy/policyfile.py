@@ -75,6 +75,7 @@ class PolicyFile:
     output_limit: Size | None = None
     approval_timeout: Duration | None = None
     require: tuple[Feature, ...] = ()
+    lower: tuple[Feature, ...] = ()
 
 
 @attrs.frozen
@@ -148,11 +149,15 @@ def _resolve(
         timeout=least(file.timeout, base.timeout),
         output_limit=least(file.output_limit, base.output_limit),
         approval_timeout=least(file.approval_timeout, base.approval_timeout),
-        require=tuple(dict.fromkeys((*base.require, *file.require))),
+        require=tuple(
+            dict.fromkeys(f for f in (*base.require, *file.require) if f not in file.lower)
+        ),
+        lower=tuple(dict.fromkeys(f for f in (*base.lower, *file.lower) if f not in file.require)),
         source=written.label,
         shipped=written.shipped,
         places=MappingProxyType({**base.places, **document.places(written.label)}),
     )
+    _check_lowered(file, base, document, report)
     if parent:
         _check_narrower(merged, parent, document, report)
     if merged.agent_network == "host" and merged.network == "none":
@@ -185,6 +190,28 @@ def _check_narrower(policy: Policy, parent: Policy, document: Document, problems
                 document.at((key,)),
                 f"{key}: {mine} is wider than the {theirs} of '{parent.name}', which it extends",
                 "a policy can only narrow what it extends",
+            )
+
+
+def _check_lowered(file: PolicyFile, base: Policy, document: Document, problems: Problems) -> None:
+    """What is lowered must have been required, or it means nothing; and it is always told."""
+    for index, feature in enumerate(file.lower):
+        at = document.at(("lower", index))
+        if feature in file.require:
+            problems.add(document.file, at, f"{feature} is both required and lowered here")
+        elif feature not in base.require:
+            whose = f"'{base.name}' does not require" if file.extends else "nothing requires"
+            problems.add(
+                document.file,
+                at,
+                f"lower: {whose} {feature}",
+                f"required there: {', '.join(base.require) or 'nothing'}",
+            )
+        else:
+            problems.warn(
+                document.file,
+                at,
+                f"lower: sessions under this policy start also where there is no {feature}",
             )
 
 

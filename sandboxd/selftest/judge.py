@@ -11,12 +11,15 @@ from sandboxd.selftest.prober.probe import BOTH, HOST, SCRATCH, Layers, Probe
 
 __all__ = ["Outcomes", "Result", "Row", "judge"]
 
-#: States of a row. What isn't ``ok`` is told; what isn't ``ok`` or ``NOT_ENFORCED`` fails.
+#: States of a row. What isn't ``ok`` is told. ``NO_LAYER``: the daemon itself says, here and to
+#: every policy, that this host has not what refuses it; that is for the operator to judge. A row
+#: that is ``NOT_ENFORCED`` fails if it got through; any other fails.
 OK = "ok"
 THROUGH = "got through"
 UNEXPECTED = "unexpected"
 UNPROVEN = "control failed"
 NOT_ENFORCED = "not enforced"
+NO_LAYER = "no such layer"
 NOT_TRIED = "not tried"
 
 #: Lines of the probers: place -> probe -> line.
@@ -45,7 +48,7 @@ class Row:
     def failed(self) -> bool:
         """Whether it counts against this host. What no layer here refuses, but the kernel does
         for a reason of its own, is told and counted by itself."""
-        return self.state not in (OK, NOT_ENFORCED) or (
+        return self.state not in (OK, NOT_ENFORCED, NO_LAYER) or (
             self.state == NOT_ENFORCED and self.got == "ok"
         )
 
@@ -90,6 +93,8 @@ def judge(probe: Probe, where: str, outcomes: Outcomes, layers: Layers) -> Row:
     got = str(line["got"]) if line else ""
     if line is None:
         state = NOT_TRIED
+    elif not probe.applies(layers):
+        state = NO_LAYER
     elif not expected:
         state = NOT_ENFORCED
     elif got not in expected:

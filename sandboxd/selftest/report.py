@@ -6,7 +6,7 @@ import os
 import sys
 from itertools import groupby
 
-from sandboxd.selftest.judge import NOT_ENFORCED, OK, Result, Row
+from sandboxd.selftest.judge import NO_LAYER, NOT_ENFORCED, OK, Result, Row
 
 __all__ = ["show"]
 
@@ -28,9 +28,11 @@ def show(result: Result, *, everything: bool = False) -> None:
 
 def _line(row: Row) -> str:
     mark = _paint("ok", "32") if row.ok else _paint("--" if not row.failed else "!!", "31")
-    wanted = " or ".join(row.expected) or "a filter that isn't there"
+    wanted = " or ".join(row.expected) or "a layer that isn't there"
     text = f"{row.where:5}  {row.name}: {row.got or 'nothing came'}"
-    if not row.ok:
+    if row.state == NO_LAYER:
+        text += f"  ({row.state} here)"
+    elif not row.ok:
         text += f"  ({row.state}; expected {wanted})"
     if row.detail:
         text += f"  {row.detail}"
@@ -56,7 +58,7 @@ def _summary(result: Result) -> None:
         print(_paint(f"problem: {_clean(problem)}", "31"))
     failed = sum(row.failed for row in result.rows)
     if result.ok:
-        lacking = result.states[NOT_ENFORCED]
+        lacking = result.states[NOT_ENFORCED] + result.states[NO_LAYER]
         more = f", but {lacking} were refused by no layer of ours" if lacking else ""
         done = result.states[OK]
         print(_paint(f"{done} attempts were refused, and every control worked{more}", "32"))

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,19 @@ from sandboxd.errors import KernelError, Unavailable
 from sandboxd.selftest.baits import Baits, open_baits
 from sandboxd.selftest.judge import OUTSIDE, Result, judge, places_of
 from sandboxd.selftest.prober.catalogue import PROBES
-from sandboxd.selftest.prober.probe import AGENT, BOTH, TOOL, Layers, Plan, Probe
+from sandboxd.selftest.prober.probe import (
+    AGENT,
+    BOTH,
+    HOST,
+    OWN_UID,
+    TOOL,
+    Layers,
+    Plan,
+    Probe,
+    word_for,
+)
 from sandboxd.selftest.stage import AGENT as SLUG
-from sandboxd.selftest.stage import PROCESSES, TMP_SIZE, VARIABLE, Stage
+from sandboxd.selftest.stage import MEMORY, PROCESSES, PROCESSORS, TMP_SIZE, VARIABLE, Stage
 
 __all__ = ["THREATS", "probes_for", "run"]
 
@@ -39,6 +49,7 @@ THREATS = tuple(dict.fromkeys(probe.threat for probe in PROBES))
 
 #: Times the stage's patience.
 _SECONDS = 150.0
+_KINDS = ("user", "mnt", "pid", "ipc", "uts", "cgroup", "net", "time")
 _LEFT = "leave a daemon behind"
 
 
@@ -119,6 +130,7 @@ def _perform(
         for event in _events(fds, seen, _SECONDS * stage.patience):
             if event["event"] == "holding":
                 plan = _plan(stage, baits, seen, shown["pid"], neighbour)
+                _observe(plan, seen)
                 os.write(fds[0], plan.encode() + b"\n")
                 outside = [(place, _control(stage, place, plan)) for place in OUTSIDE]
             else:
@@ -204,7 +216,8 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
     where = stage.paths
     launcher = psutil.Process(agent).ppid()
     pids = {"bystander": baits.bystander, "daemon": stage.daemon.pid, "launcher": launcher}
-    pids |= {"neighbour": neighbour["pid"], "selftest": os.getpid()}
+    pids |= {"neighbour": neighbour["pid"], "selftest": os.getpid(), "agent": agent}
+    others = [os.getpid(), *(child.pid for child in psutil.Process(neighbour["pid"]).children())]
     for init in psutil.Process(launcher).children():
         if init.pid not in (agent, neighbour["pid"]):
             pids |= {"holder": init.pid}
@@ -244,17 +257,41 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
             "since": stage.since,
             "hostname": platform.node(),
             "booted": time.time() - time.clock_gettime(time.CLOCK_BOOTTIME),
-            "clocks": _time_namespace(),
+            "namespaces": {kind: _namespaces(kind, others) for kind in _KINDS},
+            "memory": MEMORY,
+            "processors": PROCESSORS,
             "marker": seen.marker,
             "threats": seen.threats,
         }
     )
 
 
-def _time_namespace() -> str:
-    with suppress(OSError):  # a kernel without
-        return os.readlink("/proc/self/ns/time")  # noqa: PTH115 - no path but a name
-    return ""
+def _namespaces(kind: str, processes: Sequence[int]) -> list[str]:
+    """Links of /proc; those that this kernel or this user can't have are left out."""
+    found = []
+    for pid in processes:
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/ns/{kind}"))  # noqa: PTH115 - a name, no path
+    return found
+
+
+def _observe(plan: str, seen: _Seen) -> None:
+    """What the host sees of either sandbox, and of an ordinary process."""
+    given = Plan.of(json.loads(plan))
+    targets = {AGENT: given.pids["agent"], TOOL: given.pids.get("holder", 0)}
+    targets[HOST] = given.pids["bystander"]
+    for probe in filter(given.wants, PROBES):
+        for place, pid in targets.items():
+            if not probe.observed or (place in BOTH and place not in probe.places):
+                continue
+            try:
+                program = next((child.pid for child in psutil.Process(pid).children()), pid)
+                where = replace(given, place=place, target=pid, program=program)
+                got, detail = probe.attack(where)
+            except (OSError, psutil.Error) as failure:
+                got, detail = word_for(failure), str(failure)
+            line = {"probe": probe.name, "place": place, "got": got, "detail": detail}
+            seen.lines.setdefault(place, {})[probe.name] = line
 
 
 def _watch(seen: _Seen, ended: threading.Event) -> None:
@@ -285,7 +322,7 @@ def _judge(
 ) -> Result:
     _see_the_end(seen)
     rows = [
-        judge(probe, place, seen.lines, _deciding(layers.get(place, [])))
+        judge(probe, place, seen.lines, _deciding(layers.get(place, []), mode))
         for probe in probes_for(seen.threats)
         for place in places_of(probe)
     ]
@@ -336,8 +373,12 @@ def _held(stage: Stage, seen: _Seen, records: list[dict[str, Any]]) -> list[str]
     return []
 
 
-def _deciding(layers: list[dict[str, str]]) -> Layers:
+def _deciding(layers: list[dict[str, str]], mode: str) -> Layers:
     """What the daemon says is on, of what changes the right denial."""
     on = {layer["layer"]: layer["remark"] for layer in layers if layer["state"] == "on"}
     abi = re.search(r"ABI (\d+)", on.get("landlock", ""))
-    return Layers("seccomp" in on, int(abi[1]) if abi else 0, frozenset(on))
+    return Layers(
+        "seccomp" in on,
+        int(abi[1]) if abi else 0,
+        frozenset(on) | ({OWN_UID} if mode == "root" else set()),
+    )

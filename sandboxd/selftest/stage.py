@@ -17,12 +17,14 @@ from sandboxd.trial import stage
 from sandboxd.trial.archive import pack
 from sandboxd.trial.hunt import decoy
 
-__all__ = ["AGENT", "PROCESSES", "TMP_SIZE", "VARIABLE", "Stage"]
+__all__ = ["AGENT", "MEMORY", "PROCESSES", "PROCESSORS", "TMP_SIZE", "VARIABLE", "Stage"]
 
 AGENT = "selftest"
 VARIABLE = "CANARY"
 TMP_SIZE = 8 << 20
 PROCESSES = 64
+PROCESSORS = 4
+MEMORY = 1 << 30
 
 _ARCHIVE = "/opt/selftest/prober.pyz"
 _MODULES = (
@@ -112,8 +114,10 @@ mounts:
     target: {quoted(str(on.planted))}
 """
     limits = f"""\
-  memory: 1G
+  memory: {MEMORY >> 20}M
   processes: {PROCESSES}
+  cpu: 10m
+  cpus: {PROCESSORS}
   files: 256
   file_size: 64M
   tmp_size: {TMP_SIZE >> 20}M

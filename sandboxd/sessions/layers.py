@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.landlock import SINCE
@@ -34,11 +35,20 @@ def provided(network: str, launcher: Launcher) -> frozenset[str]:
     return _ALWAYS | {feature for feature, there in depends.items() if there}
 
 
-def layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
+def layers(network: str, launcher: Launcher, lowered: Collection[str] = ()) -> list[dict[str, str]]:
     """The layers of one sandbox, the state of each and a remark.
 
-    ``on``; ``lowered``, because a policy allowed it; or ``missing``, because this host lacks it.
+    ``on``; ``missing``, because this host lacks it; or ``lowered``, because a policy allowed it,
+    by name (``lowered``) or with the host's network.
     """
+    found = _layers(network, launcher)
+    for layer in found:
+        if layer["state"] == "missing" and layer["layer"].replace(" ", "_") in lowered:
+            layer["state"] = "lowered"
+    return found
+
+
+def _layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
     own_uid = "a host uid of its own" if launcher.mode == "root" else "the operator's uid"
     return [
         _on("user namespace", f"{own_uid}; no user namespace may be made inside"),

@@ -54,7 +54,8 @@ def check_agent(
         raise Denied(
             f"policy {policy.name} requires what a session would not have: {', '.join(missing)}",
             rule=f"{policy.source}: require",
-            hint="see what this host offers: sandboxctl doctor",
+            hint="see what this host offers: sandboxctl doctor; or lower it by name, in a policy "
+            f"that extends this one: lower: [{', '.join(missing)}]",
         )
 
 

@@ -121,7 +121,12 @@ def test_a_host_without_cgroups_is_told_and_what_requires_them_is_refused(
         "policies/bounded.yaml",
         "version: 1\ndescription: bounded as a whole\nrequire: [cgroup]\nrules: []\n",
     )
+    configured.write(
+        "policies/lowered.yaml",
+        "version: 1\ndescription: asks for less\nextends: bounded\nlower: [cgroup]\n",
+    )
     configured.agent("bounded", "sleep 300", policy="bounded")
+    configured.agent("lowered", "sleep 300", policy="lowered")
     configured.agent("plain", "sleep 300")
     configured.start()
     until(lambda: "limits hold for single processes, not for whole" in configured.log.read_text())
@@ -133,4 +138,21 @@ def test_a_host_without_cgroups_is_told_and_what_requires_them_is_refused(
     assert shown["remark"].endswith("no cgroup file system is mounted")
     printed = configured.ctl("session", "show", session).stdout
     assert "cgroup: missing (limits hold for single processes: no cgroup file system" in printed
+    # An operator may lower what is required, by name; and that is seen everywhere.
+    assert "lowered.yaml:4:9: lower: sessions under this policy" in configured.log.read_text()
+    session = configured.call("session.start", agent="lowered")["id"]
+    assert layer(configured, session)["state"] == "lowered"
+    (row,) = (
+        row
+        for row in configured.call("session.list", all=False)["sessions"]
+        if row["id"] == session
+    )
+    assert row["lowered"] == ["cgroup"]
+    assert "cgroup" in configured.ctl("session", "list").stdout
+    (record,) = (
+        record
+        for record in configured.audit()
+        if (record["event"], record.get("session")) == ("session.started", session)
+    )
+    assert record["lowered"] == ["cgroup"]
     assert "mount namespace: on\n" in printed

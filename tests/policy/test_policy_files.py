@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from sandboxd.policy.decide import decide, session_terms
+
 
 @pytest.mark.parametrize(
     ("text", "problem"),
@@ -27,6 +29,7 @@ import pytest
         ("rules: [{allow: echo, when: {text: {regex: x}}}]\n", "3:36: rules[0].when.text: expect"),
         ("rules: [{allow: echo, when: {text: {any_of: []}}}]\n", "3:45: rules[0].when.text.any_of"),
         ("rules: [{allow: echo, when: {text: {glob: 3}}}]\n", "3:43: rules[0].when.text.glob: exp"),
+        ("rules: [{allow: echo, when: {text: {glob: null}}}]\n", "3:43: rules[0].when.text.glob: "),
         ("rules: [{allow: echo, reason: ''}]\n", "3:31: rules[0].reason: expected some text"),
         ("network: hosts\n", "3:10: network: expected none or host"),
         ("require: [selinux]\n", "3:11: require[0]: expected user_namespace or mount_namespace"),
@@ -37,6 +40,12 @@ import pytest
         ("extends: strict\nworkspace: rw\n", "4:12: workspace: rw is wider than the ro of"),
         ("extends: default\nagent_network: host\n", "4:16: agent_network: host is wider than"),
         ("name: mine\n", "3:1: unknown key 'name'"),
+        ("lower: [landlock]\n", "3:9: lower: nothing requires landlock"),
+        ("extends: strict\nlower: [cgroup]\n", "4:9: lower: 'strict' does not require cgroup"),
+        (
+            "extends: strict\nrequire: [landlock]\nlower: [landlock]\n",
+            "5:9: landlock is both required and lowered here",
+        ),
     ],
 )
 def test_a_mistake_in_a_policy_is_told_with_its_place(config: Any, text: str, problem: str) -> None:
@@ -82,6 +91,38 @@ def test_ceilings_and_limits_come_from_what_is_extended_and_narrow(config: Any) 
     assert mine.limits.files == default.limits.files
     assert mine.require == ("landlock",)
     assert mine.lowered == ()
+
+
+def test_a_requirement_is_lowered_by_name_and_that_is_told(config: Any) -> None:
+    config.policy("mine", "extends: strict\nlower: [landlock, seccomp]\n")
+    config.policy("below", "extends: mine\nrequire: [seccomp]\n")
+    config.agent("policy: mine\n")
+    loaded = config.load()
+    mine, below, strict = (loaded.policies[name] for name in ("mine", "below", "strict"))
+    assert {*strict.require} - {*mine.require} == {"landlock", "seccomp"}
+    assert mine.lowered == ("landlock", "seccomp")
+    assert (below.lowered, "seccomp" in below.require) == (("landlock",), True)
+    assert session_terms(loaded, loaded.agents["coder"]).lowered == ("landlock", "seccomp")
+    call = decide(loaded, loaded.agents["coder"], "echo", {"text": "x"})
+    assert (call.verdict, call.lowered) == ("allow", ("landlock", "seccomp"))
+    told = [w.replace(f"{config.path}/", "") for w in loaded.warnings if "mine.yaml" in w]
+    assert told == [
+        f"policies/mine.yaml:4:{column}: lower: sessions under this policy start also where there "
+        f"is no {feature}"
+        for column, feature in ((9, "landlock"), (19, "seccomp"))
+    ]
+
+
+def test_a_tool_on_the_hosts_network_is_denied_where_a_namespace_is_required(config: Any) -> None:
+    config.policy("mine", "network: host\nrequire: [network_namespace]\nrules: [{allow: '*'}]")
+    config.tool("network: host\n")
+    config.agent("policy: mine\n")
+    loaded = config.load()
+    denied = decide(loaded, loaded.agents["coder"], "echo", {"text": "x"})
+    assert (denied.verdict, denied.rule) == ("deny", "policies/mine.yaml:4 require")
+    assert "requires network_namespace" in denied.reason
+    config.tool()
+    assert decide(config.load(), loaded.agents["coder"], "echo", {"text": "x"}).allowed
 
 
 def test_a_policy_three_deep_keeps_every_bound(config: Any) -> None:

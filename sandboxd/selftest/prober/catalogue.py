@@ -12,11 +12,13 @@ from sandboxd.selftest.prober import files  # noqa: F401
 from sandboxd.selftest.prober import namespaces  # noqa: F401
 from sandboxd.selftest.prober import facts  # noqa: F401
 from sandboxd.selftest.prober import syscalls  # noqa: F401
+from sandboxd.selftest.prober import abi  # noqa: F401
 from sandboxd.selftest.prober import unix_sockets  # noqa: F401
 from sandboxd.selftest.prober import network  # noqa: F401
 from sandboxd.selftest.prober import devices  # noqa: F401
 from sandboxd.selftest.prober import privileges  # noqa: F401
 from sandboxd.selftest.prober import limits  # noqa: F401
+from sandboxd.selftest.prober import observed  # noqa: F401
 from sandboxd.selftest.prober.probe import CATALOGUE, Probe
 # isort: on
 

@@ -107,6 +107,24 @@ for _name in ("kcore", "kallsyms", "keys", "key-users", "kmsg", "kpagecount", "k
         fallback=_own_proc, says="outside it tells something")  # fmt: skip
 
 
+def _uncovered(name: str) -> Callable[[Plan], str]:
+    """Whether a directory of /proc is that of the kernel, or one of ours lies over it."""
+
+    def attack(plan: Plan) -> str:
+        try:
+            there = os.stat(f"/proc/{name}")
+        except FileNotFoundError:
+            return "absent"
+        return "ok" if there.st_dev == os.stat("/proc").st_dev else "covered"
+
+    return attack
+
+
+for _name in ("acpi", "asound", "scsi"):
+    add(f"see /proc/{_name}", _KNOBS, _uncovered(_name), "covered", "absent", outside=HOST,
+        fallback=_own_proc, says="outside it is the kernel's")  # fmt: skip
+
+
 def _sysrq(plan: Plan) -> str:
     """Opening it is harmless, writing wouldn't be."""
     try:

@@ -1,7 +1,7 @@
 """What a sandbox must not learn of its host: its name, and since when it has been running."""
 
 # Paths here are spoken to as the kernel does: by system calls, without a library between.
-# ruff: noqa: PTH115, PTH123
+# ruff: noqa: PTH123
 
 from __future__ import annotations
 
@@ -65,10 +65,6 @@ def _by_first_process() -> float:
     return time.time() - started - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _namespace(plan: Plan) -> str:
-    return "ok" if os.readlink("/proc/self/ns/time") == plan.clocks else "own"
-
-
 for _words, _attack in (("uname", lambda: os.uname().nodename), ("/proc/sys", _by_knob)):
     add(f"the host's name by {_words}", _THREAT, _named(_attack), "generic", outside=HOST,
         says="outside it is told")  # fmt: skip
@@ -83,5 +79,3 @@ for _words, _moment in (
     add(f"when the host was started, by {_words}", _THREAT, _told(_moment), "another",
         needs=_TIME, outside=HOST, fallback=lambda plan: time.clock_gettime(4) and None,
         says=_SAME)  # fmt: skip
-add("the host's time namespace", _THREAT, _namespace, "own", needs=_TIME, outside=HOST,
-    says="outside it is the host's")  # fmt: skip

@@ -145,6 +145,7 @@ for _words, _kind in (
     ("memory", resource.RLIMIT_DATA),
     ("file size", resource.RLIMIT_FSIZE),
     ("open files", resource.RLIMIT_NOFILE),
+    ("processor time", resource.RLIMIT_CPU),
 ):
     add(f"no hard limit on {_words}", _THREAT, _limit(_kind), "limited", inside=_stack,
         says="another limit is read")  # fmt: skip

@@ -145,6 +145,8 @@ def _in_scratch(plan: Plan) -> int:
 
 def _try_all(plan: Plan) -> None:
     for probe in filter(plan.wants, catalogue.PROBES):
+        if probe.observed:
+            continue
         if plan.inside:
             if plan.place in probe.places:
                 _say(**_inside(probe, plan))

@@ -211,6 +211,19 @@ add("name_to_handle_at", _MOUNTS, _handle, filtered="EPERM", outside=HOST,
     allowed=("ok", "EOPNOTSUPP"), fallback=getpid, says="the same outside")  # fmt: skip
 
 
+def _shares(kind: str) -> Callable[[Plan], str]:
+    """Whether a namespace is the host's, or another session's."""
+    return lambda plan: (
+        "ok" if os.readlink(f"/proc/self/ns/{kind}") in plan.namespaces[kind] else "own"
+    )
+
+
+for _kind in ("user", "mnt", "pid", "ipc", "uts", "cgroup", "net", "time"):
+    _needs = "time namespace" if _kind == "time" else ""
+    add(f"share a {_kind} namespace", _THREAT, _shares(_kind), "own", needs=_needs, outside=HOST,
+        says="outside it is the host's")  # fmt: skip
+
+
 def _options(wanted: str) -> Callable[[Plan], tuple[str, str]]:
     """Mounts that lack an option. Single devices are counted elsewhere."""
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from sandboxd.selftest.prober.kernel import call, checked, libc, raise_limit
 from sandboxd.selftest.prober.namespaces import getpid
-from sandboxd.selftest.prober.probe import HOST, SCRATCH, Plan, add, open_
+from sandboxd.selftest.prober.probe import HOST, OWN_UID, SCRATCH, Plan, add, open_
 
 _THREAT = "Escape: privileges"
 _AS_ROOT = "the same as root of scratch namespaces"
@@ -46,6 +46,52 @@ for _field, _words in (
 add("no_new_privs is set", _THREAT,
     lambda plan: "set" if status("NoNewPrivs") == "1" else "ok", "set", outside=HOST,
     fallback=getpid, says="outside it isn't")  # fmt: skip
+
+
+def _first(field: str) -> Callable[[Plan], str]:
+    """Of this sandbox's init; outside of the host's."""
+
+    def attack(plan: Plan) -> str:
+        with open("/proc/1/status") as lines:
+            value = next(line.split()[1] for line in lines if line.startswith(field + ":"))
+        return value if value == _NONE else "ok"
+
+    return attack
+
+
+for _field, _words in (("CapEff", "effective"), ("CapPrm", "permitted"), ("CapBnd", "bounding")):
+    add(f"{_words} capabilities of the init", _THREAT, _first(_field), _NONE, outside=HOST,
+        says="the host's process 1 has some")  # fmt: skip
+
+
+def _secure_bits(plan: Plan) -> str:
+    """PR_GET_SECUREBITS: NOROOT, NO_SETUID_FIXUP and NO_CAP_AMBIENT_RAISE, each locked."""
+    return "locked" if libc.prctl(27, 0, 0, 0, 0) == 0xCF else "ok"
+
+
+def _groups(plan: Plan) -> tuple[str, str]:
+    groups = os.getgroups()
+    return ("ok" if groups else "none"), " ".join(map(str, groups))
+
+
+def _session(plan: Plan) -> str:
+    """A process of the sandbox leads its session, and so no terminal of the host controls it."""
+    return "own" if os.getsid(0) else "ok"
+
+
+def _new_session(plan: Plan) -> str:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os._exit(0 if os.getsid(0) == os.getpid() else 1)
+    return "ok" if os.waitpid(pid, 0)[1] == 0 else "missed"
+
+
+add("secure bits", _THREAT, _secure_bits, "locked", outside=HOST, says="outside they aren't")
+add("supplementary groups of the daemon", _THREAT, _groups, "none", needs=OWN_UID, outside=HOST,
+    fallback=getpid, says="the selftest has some")  # fmt: skip
+add("the daemon's terminal session", _THREAT, _session, "own", inside=_new_session,
+    says="a process may begin one")  # fmt: skip
 
 
 def _capset(plan: Plan) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "BOTH",
     "CATALOGUE",
     "HOST",
+    "OWN_UID",
     "SCRATCH",
     "TOOL",
     "Attack",
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 AGENT, TOOL = "agent", "tool"
+#: Not among the layers that the daemon tells: a sandbox has a uid of its own where root runs it.
+OWN_UID = "host uid"
 BOTH = (AGENT, TOOL)
 #: Where a control runs outside a sandbox: as an ordinary process of the host, or as root of fresh
 #: namespaces (really root, or the root of a new user namespace), where nothing can be harmed.
@@ -52,9 +55,17 @@ class Plan:
     processes: int = 0
     since: float = 0.0
     hostname: str = ""
-    #: When the host was started, in seconds since 1970, and the number of its time namespace.
+    #: When the host was started, in seconds since 1970.
     booted: float = 0.0
-    clocks: str = ""
+    #: By kind, those of the host and of another session, as links of /proc name them.
+    namespaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Of a whole sandbox: bytes, and processors.
+    memory: int = 0
+    processors: int = 0
+    #: The process that is looked at, for what only the host can see; and, where that is the init
+    #: of a sandbox, its program.
+    target: int = 0
+    program: int = 0
     marker: str = ""
     #: Only probes for threats that contain one of these words; all when empty.
     threats: tuple[str, ...] = ()
@@ -101,7 +112,8 @@ class Probe:
     ABI of Landlock on. ``needs``: the layer without which nothing denies it. ``inside`` is a
     control in the sandbox: the same code where it is allowed. ``outside`` names the place outside
     where the attack itself must come to one of ``allowed``; where the host refuses even that,
-    ``fallback`` has to work in the sandbox.
+    ``fallback`` has to work in the sandbox. ``observed``: it is the runner that looks, from the
+    host.
     """
 
     name: str
@@ -117,10 +129,15 @@ class Probe:
     fallback: Attack | None = None
     says: str = ""
     places: tuple[str, ...] = BOTH
+    observed: bool = False
+
+    def applies(self, layers: Layers) -> bool:
+        """Whether there is the layer that refuses it."""
+        return not self.needs or self.needs in layers.on
 
     def expected(self, layers: Layers) -> tuple[str, ...]:
         """The denials that are right where these layers are on."""
-        if self.needs and self.needs not in layers.on:
+        if not self.applies(layers):
             return ()
         if layers.seccomp and self.filtered:
             return (self.filtered,)
