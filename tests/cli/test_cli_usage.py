@@ -200,5 +200,7 @@ def test_agents_and_tools_are_listed_with_what_they_may_have(daemon: Ctl) -> Non
         "shell",
         "http_request",
     }
+    listed = daemon("tools", "list", "sh").stdout
+    assert "HTTP_REQUEST_TOKEN,(HTTP_REQUEST_HOSTS),HTTP_REQUEST_HEADER" in listed
     assert daemon("tools", "list", "other").stderr == "other has no tools\n"
     assert "no agent 'nobody'" in daemon("tools", "list", "nobody", status=3).stderr
