@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sandboxd.broker.mcppeer import RemoteError
 from sandboxd.cli import manual, output
 from sandboxd.cli.completion import Node, nodes
 from sandboxd.cli.parser import EXIT_STATUS, build
-from sandboxd.broker.mcppeer import RemoteError
 from sandboxd.errors import SandboxdError
 
 if TYPE_CHECKING:
