@@ -86,7 +86,6 @@ async def test_a_workspace_is_never_reached_through_a_link_that_comes_and_goes(
             try:
                 outcomes.add((await box.run("/bin/cat", "/workspace/word", mounts=(mount,))).out)
             except KernelError as failure:
-                assert failure.errno in REFUSALS, failure
                 outcomes.add(failure.errno)
     assert b"foreign" not in outcomes
     assert outcomes <= {b"own", *REFUSALS}
@@ -114,7 +113,6 @@ async def test_a_mount_point_is_never_reached_through_a_link_that_comes_and_goes
             try:
                 where.add((await box.sh("ls -d /tmp/below 2>&1; true", mounts=mounts)).out)
             except KernelError as failure:
-                assert failure.errno in REFUSALS, failure
                 where.add(failure.errno)
     assert where <= {b"ls: cannot access '/tmp/below': No such file or directory\n", *REFUSALS}
     # Nothing turns now: the mount point is reached.
