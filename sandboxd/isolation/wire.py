@@ -61,7 +61,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 class Kind(enum.IntEnum):
     """Frame kinds. Requests are below 16, reports from 16 on."""
 
-    LAUNCH = 1  # operands: number of descriptors; of the cgroup: bytes, processes, millicpus
+    #: Operands: number of descriptors; of the cgroup: bytes, processes, millicpus. Text: of the
+    #: cgroup, bytes a second for each disk, where these are limited.
+    LAUNCH = 1
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
     TEMPLATE = 4  # make a template; operands: 0; of the cgroup: as of LAUNCH
@@ -170,6 +172,7 @@ class Limits:
     cpu_seconds: int = 0
     tmp_size: int = 64 << 20
     millicpus: int = 0
+    io: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,11 @@ class CgroupState:
     version: str = ""
     controllers: frozenset[str] = frozenset()
     lacking: str = ""
+
+    @property
+    def io(self) -> bool:
+        """Whether what a whole sandbox reads from and writes to disks can be limited."""
+        return bool({"io", "blkio"} & self.controllers)
 
     @property
     def complete(self) -> bool:
@@ -429,6 +437,7 @@ _LIMIT_FIELDS = (
     "cpu_seconds",
     "tmp_size",
     "millicpus",
+    "io",
 )
 
 

@@ -55,6 +55,12 @@ BOUNDS: tuple[Layer, ...] = (
         ("exhaustion",),
     ),
     Layer(
+        "cgroup: disk traffic",
+        "cgroups(7), io.max",
+        one("client.py", 'str(spec.limits.io) if spec.limits.io else ""', '""'),
+        ("exhaustion",),
+    ),
+    Layer(
         "cgroup: swap off",
         "cgroups(7), memory.swap.max",
         (
