@@ -156,6 +156,19 @@ class AuditLog:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._raise_failure()
         seq = self._enqueue(event, fields)
+        await self.settle(seq)
+        return seq
+
+    def note(self, event: str, **fields: JSON) -> int:
+        """Add a record that need not be on disk yet; gives its number.
+
+        It gets there with the next :meth:`append`, or by :meth:`settle`. Raises as ``append`` does.
+        """
+        self._raise_failure()
+        return self._enqueue(event, fields)
+
+    async def settle(self, seq: int) -> None:
+        """Return once record ``seq`` is on disk. Raises StoreError, and isn't cancelled."""
         with trio.CancelScope(shield=True):
             async with self._turn:
                 if self._durable.seq < seq and not self._failure:
@@ -163,7 +176,6 @@ class AuditLog:
                     await trio.to_thread.run_sync(self._flush, batch, mark, limiter=self._limiter)
         if self._durable.seq < seq:
             self._raise_failure()
-        return seq
 
     @property
     def last(self) -> int:
@@ -253,7 +265,7 @@ class AuditLog:
     def _check_place(self) -> None:
         """The open files are still the named ones and end where we left off."""
         for fd, name in ((self._log, _LOG), (self._head, _HEAD)):
-            ours, named = os.fstat(fd), (self._directory / name).lstat()
+            ours, named = os.fstat(fd), os.lstat(f"{self._directory}/{name}")
             if (ours.st_dev, ours.st_ino) != (named.st_dev, named.st_ino):
                 raise OSError(errno.ESTALE, f"{name} was replaced by another file")
         if os.fstat(self._log).st_size != self._durable.size:

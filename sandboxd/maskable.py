@@ -38,10 +38,10 @@ _ARMOR = re.compile(rb"-{5}(?:BEGIN|END) [A-Z0-9 ]+-{5}")
 def weakness(value: bytes) -> str:
     """Why the value can't be hidden safely, as a clause about it; "" when it can."""
     text = value.strip()
-    if len(text) < _SHORT:
-        return f"has fewer than {_SHORT} characters"
     if text.lower().decode("latin-1") in _WORDS:
         return "is a word of every output"
+    if len(text) < _SHORT:
+        return f"has fewer than {_SHORT} characters"
     if len(set(text)) < 4:
         return "repeats a few characters"
     if _DIGITS.fullmatch(text) and len(text) < 12:

@@ -22,6 +22,7 @@ import trio
 from sandboxd.audit import JSON, AuditLog
 from sandboxd.broker import descriptors
 from sandboxd.broker.approvals import Approvals
+from sandboxd.broker.brief import brief
 from sandboxd.broker.capture import Capture, Progress, Stream
 from sandboxd.broker.chosen import Chosen, choose, unseal
 from sandboxd.broker.failures import failed_result, first
@@ -37,7 +38,7 @@ from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.mcpserver import McpTool
 from sandboxd.policy.model import Tool
-from sandboxd.policy.programs import Held, hold_program
+from sandboxd.policy.programs import Held, bytes_to_hash, hold_program
 from sandboxd.vault.vault import Vault
 
 __all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
@@ -54,6 +55,8 @@ _LONGEST_NAME = 80
 _DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
+#: Seconds until the record of a start is written for its own sake.
+_SETTLE_PAUSE = 0.05
 
 
 @dataclass(eq=False)
@@ -329,7 +332,7 @@ class Calls:
             return await self.servers.call(
                 live.session, live.id, decision, chosen, live.capture, progress
             )
-        live.held = await trio.to_thread.run_sync(hold_program, tool)
+        live.held = await brief(bytes_to_hash(tool), hold_program, tool)
         unsealed = await unseal(self._vault, chosen)
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
@@ -400,7 +403,8 @@ class Calls:
             nursery.start_soon(capture.report)
             try:
                 with ended:
-                    await self._audit.append("call.launched", **_who(live), pid=process.pid)
+                    launched = self._audit.note("call.launched", **_who(live), pid=process.pid)
+                    nursery.start_soon(self._settle, launched)
                     live.exit = await process.wait()
             finally:
                 await _end(live, process, 0.0 if capture.overflowed else grace)
@@ -409,6 +413,11 @@ class Calls:
                     await reader.wait()
             nursery.cancel_scope.cancel()
         capture.finish()
+
+    async def _settle(self, record: int) -> None:
+        """Have the record on disk soon, if no other takes it there: most calls end first."""
+        await trio.sleep(_SETTLE_PAUSE)
+        await self._audit.settle(record)
 
     async def _record_end(self, live: _Live, result: CallResult) -> None:
         """The last audit record and the time of use. Neither can change what happened."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from sandboxd.errors import Invalid
 from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import node_argv, node_mounts, python_argv, python_mounts
-from sandboxd.isolation.wire import FileSpec, LaunchSpec, MountSpec
+from sandboxd.isolation.wire import UNPINNED, FileSpec, LaunchSpec, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
 from sandboxd.policy.decide import Decision
 from sandboxd.policy.model import SecretSpec, Tool
@@ -92,7 +92,7 @@ def prepare(
         else:
             stdin = value
     argv = _argv(tool, decision, held)
-    program, pin = (held.execute if held else None) or ("", (0, 0))
+    program, pin = (held.execute if held else None) or ("", UNPINNED)
     _check_size(tool, argv, env)
     access = decision.workspace if workspace is not None else "none"
     spec_out = LaunchSpec(
@@ -145,9 +145,9 @@ def _own_mounts(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
 
 def _program_mount(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
     """The program, above all that may hold its path as well."""
-    program, pin = Path(tool.program), held.program if held else (0, 0)
+    program, pin = Path(tool.program), held.program if held else UNPINNED
     inside = program.is_relative_to(tool.directory)
-    if (inside and pin != (0, 0)) or not (inside or program.is_relative_to("/usr")):
+    if (inside and pin != UNPINNED) or not (inside or program.is_relative_to("/usr")):
         yield MountSpec(str(program), str(program), pin=pin)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import trio
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
-from sandboxd.isolation.pool import Pool, Template
+from sandboxd.isolation.pool import Key, Pool, Template
 from sandboxd.isolation.reports import Exit, descriptors_in, exit_of, failure_of, gone, pid_of
 from sandboxd.isolation.reuse import template_key, template_suits
 from sandboxd.isolation.wire import (
@@ -27,6 +27,7 @@ from sandboxd.isolation.wire import (
     LaunchSpec,
     check_spec,
     encode_spec,
+    lasting_part,
     sealed_memfd,
 )
 
@@ -137,14 +138,17 @@ class Launcher:
             raise Invalid("a sandbox never runs as root")
         if len(extra) != len(spec.extra_fds) + spec.brings_namespace:
             raise Invalid("a launch needs one descriptor for each of its extra_fds")
-        data = encode_spec(spec)
+        lasting = lasting_part(spec)
+        data = encode_spec(spec, lasting)
         if len(data) > MAX_SPEC:
             raise failure_of(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
+        streams = (stdin, stdout, stderr, *extra)
+        if spec.template and template_suits(spec, streams):
+            key = (spec.template, template_key(spec, lasting))
+            return await self._launch_in_template(spec, data, streams, key)
         memfd = sealed_memfd(data)
         try:
-            fds = (memfd, stdin, stdout, stderr, *extra)
-            if spec.template and template_suits(spec, fds[1:]):
-                return await self._launch_in_template(spec, fds)
+            fds = (memfd, *streams)
             async with self._starting:
                 process = self._new_process(spec)
                 try:
@@ -172,21 +176,22 @@ class Launcher:
         self._processes[process._number] = process
         return process
 
-    async def _launch_in_template(self, spec: LaunchSpec, fds: Sequence[int]) -> Process:
-        key = (spec.template, template_key(spec))
+    async def _launch_in_template(
+        self, spec: LaunchSpec, data: bytes, fds: Sequence[int], key: Key
+    ) -> Process:
         while True:
             template = self._pool.take(key) or await self._new_template(key, spec)
             number = self._numbers = self._numbers + 1
             process = Process(self, template.number, spec.id)
             process._template, process.pid = template, template.pid
             take = partial(self._take_from_template, process)
-            if await template.send(number, fds, take):
+            if await template.send(number, data, fds, take):
                 await self._await_start(process)
                 if not process._declined:
                     return process
             # It ended just now, by itself, and has started nothing: a call had left traces in it.
 
-    async def _new_template(self, key: tuple[str, str], spec: LaunchSpec) -> Template:
+    async def _new_template(self, key: Key, spec: LaunchSpec) -> Template:
         self._numbers += 1
         template = self._pool.add(self._numbers, key)
         async with self._starting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -18,9 +19,9 @@ import trio
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation.reports import failure_of, pid_of
-from sandboxd.isolation.wire import FRAME, Frame, Kind
+from sandboxd.isolation.wire import FRAME, MAX_INLINE, Frame, Kind, sealed_memfd
 
-__all__ = ["Pool", "Template"]
+__all__ = ["Key", "Pool", "Template"]
 
 #: Seconds without a call, and since it was made, after which an idle template ends.
 IDLE_LIMIT = 60.0
@@ -29,7 +30,7 @@ AGE_LIMIT = 900.0
 MOST_IDLE = 32
 _LOOK_PAUSE = 15.0
 
-Key = tuple[str, str]
+Key = tuple[str, object]
 Take = Callable[[Frame | None], None]
 
 
@@ -39,7 +40,7 @@ class Template:
     def __init__(self, number: int, key: Key) -> None:
         self.number, self.key = number, key
         self.pid = 0
-        self.sock: trio.socket.SocketType | None = None
+        self.sock: socket.socket | None = None  # which never blocks
         self.made = self.rested = trio.current_time()
         self.worn = False  # ends after its call
         self.ready, self.dead, self.gone = trio.Event(), trio.Event(), trio.Event()
@@ -51,25 +52,41 @@ class Template:
         self._take: Take = _nobody
         self._used = 0
 
-    async def send(self, number: int, fds: Sequence[int], take: Take) -> bool:
+    async def send(self, number: int, spec: bytes, fds: Sequence[int], take: Take) -> bool:
         """Hand a launch over; False when the template has died.
 
-        ``take`` gets what it answers: STARTED and EXITED, or FAILED, or None when it ends instead.
+        ``take`` gets what it answers: EXITED, before it STARTED where the program stays for a
+        moment; FAILED; or None when it ends instead.
         """
         assert self.sock is not None
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         self.call, self._take, self._used = number, take, 0
+        memfd = -1
         try:
-            await self.sock.sendmsg([Frame(Kind.LAUNCH, number, len(fds)).pack()], ancillary)
+            if len(spec) > MAX_INLINE:
+                memfd = sealed_memfd(spec)
+                fds, spec = (memfd, *fds), b""
+            packet = [Frame(Kind.LAUNCH, number, int(memfd >= 0)).pack(), spec]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            while True:
+                try:
+                    self.sock.sendmsg(packet, ancillary)
+                    return True
+                except BlockingIOError:  # never for long: a template has one call
+                    await trio.lowlevel.wait_writable(self.sock)
         except BaseException as failure:
             self.call, self._take = 0, _nobody
             self.end()
             if isinstance(failure, (ConnectionError, trio.ClosedResourceError)):
                 return False
             if isinstance(failure, OSError):
-                raise KernelError("sendmsg", failure.errno or 0, "launch frame") from None
+                code = failure.errno or 0
+                if code == errno.EBADF and self.sock.fileno() < 0:
+                    return False  # closed here
+                raise KernelError("sendmsg", code, "launch frame") from None
             raise
-        return True
+        finally:
+            if memfd >= 0:
+                os.close(memfd)
 
     def end(self) -> None:
         """Close the conversation, upon which an idle template exits."""
@@ -136,7 +153,8 @@ class Pool:
         if frame.kind is Kind.STARTED:
             if len(fds) == 2:
                 template.pid = pid_of(fds[1])
-                template.sock = trio.socket.from_stdlib_socket(socket.socket(fileno=fds.pop(0)))
+                template.sock = socket.socket(fileno=fds.pop(0))
+                template.sock.setblocking(False)
                 assert self.nursery is not None
                 self.nursery.start_soon(self._attend, template)
                 if template.worn:
@@ -178,18 +196,28 @@ class Pool:
         """Take what one template says until it ends; then tell of its call, if it had one."""
         assert template.sock is not None
         try:
-            with contextlib.suppress(OSError, trio.ClosedResourceError, ValueError):
-                while data := await template.sock.recv(FRAME.size):
-                    self._take(template, Frame.unpack(data))
+            with contextlib.suppress(OSError, ValueError):
+                while await self._hear(template, template.sock):
+                    pass
             template.worn = True
             self._remove(template)
             template.end()
             await template.dead.wait()
             template.take(None)
         finally:
+            trio.lowlevel.notify_closing(template.sock)
             template.sock.close()
             self._all.pop(template.number, None)
             template.gone.set()
+
+    async def _hear(self, template: Template, sock: socket.socket) -> bool:
+        """Wait for news and take all that there is; False at the end."""
+        await trio.lowlevel.wait_readable(sock)
+        with contextlib.suppress(BlockingIOError):
+            while data := sock.recv(FRAME.size):
+                self._take(template, Frame.unpack(data))
+            return False
+        return True
 
     def _take(self, template: Template, frame: Frame) -> None:
         if frame.kind is Kind.FAILED:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Sequence
 
-from sandboxd.isolation.wire import FIRST_HIGH_FD, MAX_FDS, LaunchSpec, lasting_part
+from sandboxd.isolation.wire import FIRST_HIGH_FD, MAX_FDS, LaunchSpec
 
 __all__ = ["template_key", "template_suits"]
 
@@ -63,17 +62,18 @@ def _needs_no_path(fd: int) -> bool:
     return stat.S_ISFIFO(there.st_mode) or stat.S_ISSOCK(there.st_mode)
 
 
-def template_key(spec: LaunchSpec) -> str:
+def template_key(spec: LaunchSpec, lasting: bytes) -> object:
     """Equal for launches that may share a template, and only for these.
 
     A directory or program that was replaced since, by another of the same path, makes another.
+    ``lasting`` is the encoded part of the same name.
     """
-    digest = hashlib.sha256(lasting_part(spec))
-    for mount in spec.mounts:
-        try:
-            there = os.stat(mount.source)
-        except OSError as failure:
-            digest.update(b"-%d;" % (failure.errno or 0))
-        else:
-            digest.update(b"%d:%d;" % (there.st_dev, there.st_ino))
-    return digest.hexdigest()[:40]
+    return lasting, *(_identity(mount.source) for mount in spec.mounts)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        there = os.stat(path)
+    except OSError as failure:
+        return -1, failure.errno or 0
+    return there.st_dev, there.st_ino

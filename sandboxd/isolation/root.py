@@ -18,7 +18,7 @@ import stat
 
 from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
-from sandboxd.isolation.wire import LaunchSpec, MountSpec
+from sandboxd.isolation.wire import UNPINNED, LaunchSpec, MountSpec, Pin
 
 __all__ = ["READONLY", "Root", "check_pin", "mount_point", "private_places", "system_layout"]
 
@@ -377,13 +377,13 @@ class Root:
             os.chown(name, self.uid, self.gid, dir_fd=at, follow_symlinks=False)
 
 
-def check_pin(fd: int, pin: tuple[int, int], path: str) -> None:
-    """KernelError (ESTALE) when ``fd`` is not the file of that device and inode number.
+def check_pin(fd: int, pin: Pin, path: str) -> None:
+    """KernelError (ESTALE) when ``fd`` is not the pinned file, or it was written since.
 
-    Whoever gave the numbers holds the file open, so nothing else can have them meanwhile.
+    Whoever made the pin holds the file open, so nothing else can have its numbers meanwhile.
     """
     there = os.fstat(fd)
-    if pin not in ((0, 0), (there.st_dev, there.st_ino)):
+    if pin not in (UNPINNED, (there.st_dev, there.st_ino, there.st_ctime_ns)):
         raise KernelError("open", errno.ESTALE, path)
 
 

@@ -27,6 +27,7 @@ from sandboxd.isolation.root import Root, check_pin, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     MAX_SPEC,
+    UNPINNED,
     Frame,
     Kind,
     LaunchSpec,
@@ -236,13 +237,13 @@ def open_program(spec: LaunchSpec) -> int:
 
     What the sandbox mounts of pinned files must be there still: with a directory entry of the
     host goes what is mounted on it, in every namespace (rename(2), unlink(2)). Raises OSError and
-    KernelError, ESTALE where another file stands in the place of one.
+    KernelError, ESTALE where another file stands in the place of one, or one was written.
     """
     for mount in spec.mounts:
-        if mount.pin != (0, 0):
+        if mount.pin != UNPINNED:
             with _opened(mount.target) as fd:
                 check_pin(fd, mount.pin, mount.target)
-    if spec.pin == (0, 0):
+    if spec.pin == UNPINNED:
         return -1
     path = spec.program or os.fsdecode(spec.argv[0])
     with _opened(path) as fd:

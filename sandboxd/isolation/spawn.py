@@ -10,22 +10,22 @@ Standard library only.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import resource
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sandboxd.errors import KernelError
 
 __all__ = [
+    "Inbox",
     "Mapping",
     "clear_keyrings",
     "has_keyrings",
     "inherited_attributes",
-    "mapped",
     "spawn",
 ]
 
@@ -49,29 +49,43 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Mapping:
-    """The bytes of a sealed memfd where the kernel keeps them: an address, and a view of it."""
+    """A launch spec in memory: its address, and a view of it."""
 
     def __init__(self, address: int, size: int) -> None:
         self.address = address
         self.view = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
+    @classmethod
+    def of(cls, memfd: int, limit: int) -> Mapping:
+        """A sealed memfd, mapped to read where the kernel keeps it. Ends with :meth:`unmap`."""
+        size = os.fstat(memfd).st_size
+        if not 0 < size <= limit:
+            raise ValueError("a launch spec of no possible size")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_POPULATE
+        address = _libc.mmap(None, size, mmap.PROT_READ, flags, memfd, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise KernelError("mmap", ctypes.get_errno(), "launch spec")
+        return cls(address, size)
 
-@contextmanager
-def mapped(fd: int, limit: int) -> Iterator[Mapping]:
-    """Map ``fd``, read-only, for the length of a ``with`` block. Keep no view beyond it."""
-    size = os.fstat(fd).st_size
-    if not 0 < size <= limit:
-        raise ValueError("a launch spec of no possible size")
-    flags = mmap.MAP_PRIVATE | mmap.MAP_POPULATE
-    address = _libc.mmap(None, size, mmap.PROT_READ, flags, fd, 0)
-    if address in (None, ctypes.c_void_p(-1).value):
-        raise KernelError("mmap", ctypes.get_errno(), "launch spec")
-    there = Mapping(address, size)
-    try:
-        yield there
-    finally:
-        there.view.release()
-        _libc.munmap(address, size)
+    def unmap(self) -> None:
+        size = len(self.view)
+        self.view.release()
+        _libc.munmap(self.address, size)
+
+
+class Inbox:
+    """Where packets arrive: at an address that is known, and can be wiped."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def part(self, start: int, end: int) -> Mapping:
+        """The bytes from ``start`` to ``end``, until the next packet."""
+        return Mapping(self._address + start, end - start)
+
+    def wipe(self, size: int) -> None:
+        ctypes.memset(self._address, 0, size)
 
 
 class _Attributes:
@@ -101,10 +115,7 @@ def spawn(
     ``fds`` are (source, target), no target being a later source; everything else must be
     close-on-exec. Returns the pid and 0, or 0 and the errno of what failed.
     """
-    actions = ctypes.create_string_buffer(_ROOM)
-    _libc.posix_spawn_file_actions_init(actions)
-    for source, target in fds:
-        _libc.posix_spawn_file_actions_adddup2(actions, source, target)
+    actions = _file_actions(tuple(fds))
     pid = ctypes.c_int(0)
     code = _libc.posix_spawn(
         ctypes.byref(pid),
@@ -114,8 +125,16 @@ def spawn(
         (ctypes.c_void_p * (len(argv) + 1))(*argv, None),
         (ctypes.c_void_p * (len(env) + 1))(*env, None),
     )
-    _libc.posix_spawn_file_actions_destroy(actions)
     return (0, code) if code else (pid.value, 0)
+
+
+@functools.lru_cache(maxsize=64)  # a template's descriptors have the same few numbers every time
+def _file_actions(fds: tuple[tuple[int, int], ...]) -> ctypes.Array[ctypes.c_char]:
+    actions = ctypes.create_string_buffer(_ROOM)
+    _libc.posix_spawn_file_actions_init(actions)
+    for source, target in fds:
+        _libc.posix_spawn_file_actions_adddup2(actions, source, target)
+    return actions
 
 
 def has_keyrings() -> bool:

@@ -5,8 +5,8 @@ tool in one session. A template is built and restricted as any other sandbox is,
 (:mod:`sandboxd.isolation.sandbox`), and its init too holds no privilege whatever. But instead of
 ending with its program the init kills and reaps whatever that left, clears every trace away
 (:mod:`sandboxd.isolation.lasting`) and waits for the next call; when something is left that it
-can't clear, or what a program inherits was changed, it ends. It is not told a secret: it points
-posix_spawn(3) to the arguments and the environment where they lie in the sealed memfd.
+can't clear, or what a program inherits was changed, it ends. Secrets pass through one buffer, or
+stay in a sealed memfd: posix_spawn(3) is pointed to where they lie, and the buffer wiped.
 
 Standard library only.
 """
@@ -42,16 +42,22 @@ from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     FRAME,
     MAX_FDS,
+    MAX_INLINE,
     MAX_SPEC,
     Frame,
     Kind,
     decode_lasting,
     failed,
-    lasting_span,
     locate,
 )
 
 __all__ = ["enter"]
+
+#: Seconds within which a program's start is not told before its end.
+_AT_ONCE = 0.002
+
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_CLOSE_ON_EXEC = socket.MSG_CMSG_CLOEXEC
 
 
 def enter(
@@ -64,6 +70,7 @@ def enter(
     The exit status is 0 where it ends by its own decision, never with a program half started: a
     call that it has not answered can go to another template.
     """
+    inbox = spawn.Inbox(FRAME.size + MAX_INLINE)
     launch: _Launch | None = None
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -78,14 +85,14 @@ def enter(
         kernel.close_all_but([sock.fileno(), *meter.fds])
         while os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) < 2:
             pass  # so that no stream of a call ever has one of these numbers
-        launch = _receive(sock)
+        launch = _receive(sock, inbox)
         if problem is not None:
             raise problem
         if launch is not None:
             template = _Template(sock, launch, meter, privileged=privileged)
             while launch is not None:
                 template.run(launch)
-                launch = _receive(sock)
+                launch = _receive(sock, inbox)
         os._exit(0)
     except SandboxdError as failure:
         _send(sock, replace(failed(launch.number if launch else 0, failure), b=1))
@@ -95,12 +102,25 @@ def enter(
 
 
 class _Launch:
-    """A launch as it came: its number, and its descriptors, the memfd first."""
+    """A launch as it came: its number, its descriptors, and where its spec lies."""
 
-    def __init__(self, number: int, fds: array.array[int]) -> None:
+    def __init__(self, number: int, fds: array.array[int], inbox: spawn.Inbox, end: int) -> None:
+        """``end``: of the spec in ``inbox``, or 0 when it is in a memfd, the first descriptor."""
         self.number, self.fds = number, fds
+        self._inbox, self._end = inbox, end
+        if end:
+            self.spec = inbox.part(FRAME.size, end)
+        else:
+            memfd = fds.pop(0)
+            self.spec = spawn.Mapping.of(memfd, MAX_SPEC)
+            os.close(memfd)
 
-    def close(self) -> None:
+    def forget(self) -> None:
+        """Keep nothing of the spec, and no descriptor."""
+        if self._end:
+            self._inbox.wipe(self._end)
+        else:
+            self.spec.unmap()
         for fd in self.fds:
             os.close(fd)
 
@@ -112,8 +132,8 @@ class _Template:
         self, sock: socket.socket, first: _Launch, meter: Meter, *, privileged: bool
     ) -> None:
         self.sock, self.meter = sock, meter
-        with spawn.mapped(first.fds[0], MAX_SPEC) as spec:
-            self.lasting = bytes(spec.view[slice(*lasting_span(spec.view))])
+        view = first.spec.view
+        self.lasting = bytes(view[slice(*locate(view).lasting)])
         self.spec = decode_lasting(self.lasting)
         root = build(self.spec, privileged=privileged, kind=LastingRoot)
         assert isinstance(root, LastingRoot)
@@ -133,20 +153,18 @@ class _Template:
         """Start the program, see to its end, and be as before. Exits where that can't be had."""
         # A signal for the call before may have been sent until the launcher knew of its end.
         _discard_signals()
-        used = self.meter.before
-        if used is None:
-            used = _used(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        program = 0
+        program, problem = 0, None
         try:
             program = self._start(launch)
-            _send(self.sock, Frame(Kind.STARTED, launch.number, used))
         except SandboxdError as failure:
-            _send(self.sock, failed(launch.number, failure))
+            problem = failed(launch.number, failure)
         except BaseException as failure:
-            _send(self.sock, setup_failed(launch.number, failure))
-        launch.close()
-        if program:
+            problem = setup_failed(launch.number, failure)
+        launch.forget()
+        if problem is None:
             self._see_to_its_end(launch.number, program)
+        else:
+            _send(self.sock, problem)
         if not self._clear():
             os._exit(0)
         self.meter.mark()
@@ -157,25 +175,23 @@ class _Template:
             os.chdir(self.spec.cwd)
         except OSError as failure:
             raise KernelError("chdir", failure.errno or 0, self.spec.cwd) from None
-        with spawn.mapped(launch.fds[0], MAX_SPEC) as spec:
-            if spec.view[slice(*lasting_span(spec.view))] != self.lasting:
-                raise KernelError("read", errno.EBADMSG, "launch spec of another template")
-            own = locate(spec.view)
-            if len(own.files) != len(self.files) or not own.argv:
-                raise ValueError("a launch spec has one content for each of its files")
-            for fd, (start, end) in zip(self.files, own.files, strict=True):
-                os.lseek(fd, 0, os.SEEK_SET)
-                while start < end:
-                    start += os.write(fd, spec.view[start:end])
-            base = spec.address
-            argv = [base + start for start, _ in own.argv]
-            env = [base + start for start, _, _ in own.env]
-            streams = self._streams(launch.fds)
-            pid, code = self._spawn(argv, env, streams)
-            if code:
-                path = self.spec.program or os.fsdecode(bytes(spec.view[slice(*own.argv[0])]))
-                raise KernelError("execve", code, path)
-            return pid
+        view, base = launch.spec.view, launch.spec.address
+        own = locate(view)
+        if view[slice(*own.lasting)] != self.lasting:
+            raise KernelError("read", errno.EBADMSG, "launch spec of another template")
+        if len(own.files) != len(self.files) or not own.argv:
+            raise ValueError("a launch spec has one content for each of its files")
+        for fd, (start, end) in zip(self.files, own.files, strict=True):
+            os.lseek(fd, 0, os.SEEK_SET)
+            while start < end:
+                start += os.write(fd, view[start:end])
+        argv = [base + start for start, _ in own.argv]
+        env = [base + start for start, _, _ in own.env]
+        pid, code = self._spawn(argv, env, self._streams(launch.fds))
+        if code:
+            path = self.spec.program or os.fsdecode(bytes(view[slice(*own.argv[0])]))
+            raise KernelError("execve", code, path)
+        return pid
 
     def _spawn(
         self, argv: list[int], env: list[int], streams: list[tuple[int, int]]
@@ -199,21 +215,27 @@ class _Template:
     def _streams(self, fds: array.array[int]) -> list[tuple[int, int]]:
         """Which descriptor goes to which number, no source being overwritten before its turn."""
         targets = (0, 1, 2, *self.spec.extra_fds)
-        streams = fds[1:]
-        if len(streams) != len(targets):
+        if len(fds) != len(targets):
             raise KernelError("recvmsg", errno.EBADMSG, "launch frame")
-        if set(streams).intersection(targets):
-            for index, fd in enumerate(streams):
-                fds[index + 1] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
+        if self.spec.extra_fds and set(fds).intersection(targets):
+            for index, fd in enumerate(fds):
+                fds[index] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
                 os.close(fd)
-            streams = fds[1:]
-        return list(zip(streams, targets, strict=True))
+        return list(zip(fds, targets, strict=True))
 
     def _see_to_its_end(self, number: int, program: int) -> None:
-        """Reap and pass signals on until the program ends, end whatever it left, and report."""
+        """Reap and pass signals on until the program ends, end whatever it left, and report.
+
+        A program that ends at once is told of by its end alone.
+        """
         cpu, memory, status = 0.0, 0, -1
+        told = False
         while status < 0:
-            received = signal.sigwaitinfo(SIGNALS).si_signo
+            received = _next_signal(None if told else _AT_ONCE)
+            if not received:
+                self._tell_start(number)
+                told = True
+                continue
             if received != signal.SIGCHLD:
                 os.kill(program, received)
                 continue
@@ -232,10 +254,18 @@ class _Template:
         used = self.meter.read()
         if used.oom or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             # Perhaps for want of memory, on which the launcher acts, and which it will report.
+            if not told:
+                self._tell_start(number)
             os._exit(0)
         microseconds = int(cpu * 1e6) if used.cpu_us is None else used.cpu_us
         peak = used.peak_kib
         _send(self.sock, Frame(Kind.EXITED, number, status, microseconds, memory, peak))
+
+    def _tell_start(self, number: int) -> None:
+        used = self.meter.before
+        if used is None:
+            used = _used(resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        _send(self.sock, Frame(Kind.STARTED, number, used))
 
     def _clear(self) -> bool:
         """Whether all is as it was before the call, so that the next may come."""
@@ -264,23 +294,32 @@ def _used(*whose: int) -> int:
     return int(sum(usage.ru_utime + usage.ru_stime for usage in usages) * 1e6)
 
 
+def _next_signal(within: float | None) -> int:
+    """The number of the next signal; 0 when none comes in so many seconds."""
+    if within is None:
+        return signal.sigwaitinfo(SIGNALS).si_signo
+    received = signal.sigtimedwait(SIGNALS, within)
+    return received.si_signo if received is not None else 0
+
+
 def _discard_signals() -> None:
-    while signal.sigtimedwait(SIGNALS, 0) is not None:
+    while _next_signal(0):
         pass
 
 
-def _receive(sock: socket.socket) -> _Launch | None:
+def _receive(sock: socket.socket, inbox: spawn.Inbox) -> _Launch | None:
     """The next launch; None when the broker has closed its end."""
     fds: array.array[int] = array.array("i")
-    data, ancillary, _, _ = sock.recvmsg(
-        FRAME.size, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-    )
+    size, ancillary, flags, _ = sock.recvmsg_into([inbox.memory], _ANCILLARY, _CLOSE_ON_EXEC)
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if not data:
+    if not size:
         return None
-    return _Launch(Frame.unpack(data).number, fds)
+    frame = Frame.unpack(inbox.memory[: FRAME.size])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise KernelError("recvmsg", errno.EMSGSIZE, "launch frame")
+    return _Launch(frame.number, fds, inbox, 0 if frame.a else size)
 
 
 def _send(sock: socket.socket, frame: Frame) -> None:

@@ -6,6 +6,9 @@ the encoded :class:`LaunchSpec`, then the program's standard input, output and e
 extra ones. The launcher itself never reads the memfd; the forked child does. So the launcher's
 memory never holds a secret that a later sandbox could inherit.
 
+A template is told its launches over a socket of its own. There the spec follows the frame in the
+same packet, which is wiped once the program runs; a memfd carries what is too large for that.
+
 Standard library only.
 """
 
@@ -17,12 +20,16 @@ import fcntl
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
+from sandboxd.isolation.cgroup_state import CgroupState
 
 __all__ = [
     "FRAME",
+    "UNPINNED",
     "CgroupState",
     "FileSpec",
     "Frame",
@@ -32,13 +39,13 @@ __all__ = [
     "Located",
     "MountSpec",
     "OverlaySpec",
+    "Pin",
     "check_spec",
     "decode_lasting",
     "decode_spec",
     "encode_spec",
     "failed",
     "lasting_part",
-    "lasting_span",
     "locate",
     "sealed_memfd",
 ]
@@ -48,12 +55,21 @@ FRAME = struct.Struct("!4sBxxxQqqqq192s")
 MAGIC = b"SBX1"
 MAX_FDS = 16
 MAX_SPEC = 16 << 20
+#: A launch spec up to this size goes to a template within the frame's packet.
+MAX_INLINE = 64 << 10
 #: Descriptors wait at this number and above while they are put in their places.
 FIRST_HIGH_FD = 256
 
 Span = tuple[int, int]
+#: A file as it is now: device, inode number, nanoseconds of its last change (stat(2), st_ctim).
+Pin = tuple[int, int, int]
+#: Whatever file is there.
+UNPINNED: Pin = (0, 0, 0)
 
 _NUMBER = struct.Struct("!Q")
+#: Of an encoded spec: its size, that of its lasting part and of its id; how many arguments,
+#: variables and files follow.
+_HEAD = struct.Struct("!6Q")
 _GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 
@@ -61,8 +77,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 class Kind(enum.IntEnum):
     """Frame kinds. Requests are below 16, reports from 16 on."""
 
-    #: Operands: number of descriptors; of the cgroup: bytes, processes, millicpus. Text: of the
-    #: cgroup, bytes a second for each disk, where these are limited.
+    #: Operands: number of descriptors; of the cgroup: bytes, processes, millicpus. To a template:
+    #: 1 where the first descriptor is a memfd, 0 where the spec follows. Text: bytes a second.
     LAUNCH = 1
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
@@ -118,7 +134,7 @@ class MountSpec:
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
     last descriptor, made by a launch with an :class:`OverlaySpec`.
 
-    ``pin``: device and inode number that the source must have; (0, 0): whatever is there.
+    ``pin``: what the source must be.
     """
 
     source: str
@@ -128,7 +144,7 @@ class MountSpec:
     idmap: bool = False
     optional: bool = False
     shared: bool = False
-    pin: tuple[int, int] = (0, 0)
+    pin: Pin = UNPINNED
 
 
 @dataclass(frozen=True)
@@ -176,41 +192,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class CgroupState:
-    """What cgroups the launcher has: ``v1``, ``v2``, both or "", what they control, what lacks."""
-
-    version: str = ""
-    controllers: frozenset[str] = frozenset()
-    lacking: str = ""
-
-    @property
-    def io(self) -> bool:
-        """Whether what a whole sandbox reads from and writes to disks can be limited."""
-        return bool({"io", "blkio"} & self.controllers)
-
-    @property
-    def complete(self) -> bool:
-        """Whether memory, processes and CPU of a whole sandbox are limited."""
-        return {"memory", "pids", "cpu"} <= self.controllers
-
-    def pack(self) -> str:
-        return "\t".join((self.version, ",".join(sorted(self.controllers)), self.lacking))
-
-    @classmethod
-    def unpack(cls, text: str) -> CgroupState:
-        version, names, lacking = (text + "\t\t").split("\t", 2)
-        return cls(version, frozenset(filter(None, names.split(","))), lacking.strip("\t"))
-
-
-@dataclass(frozen=True)
 class LaunchSpec:
     """Everything that one sandbox is. Strings are host or sandbox paths, bytes are opaque.
 
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
 
-    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: the device
-    and inode number that it must have; (0, 0): whatever is there.
+    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: what that
+    must be.
     """
 
     id: str
@@ -218,7 +207,7 @@ class LaunchSpec:
     env: tuple[tuple[bytes, bytes], ...] = field(repr=False)
     uid: int
     program: str = ""
-    pin: tuple[int, int] = (0, 0)
+    pin: Pin = UNPINNED
     cwd: str = "/"
     network: str = "none"  # or "host"
     hostname: str = "sandbox"
@@ -284,27 +273,38 @@ def failed(number: int, failure: SandboxdError) -> Frame:
     return Frame(Kind.FAILED, number, errno.EINVAL, text=f"setup\t{failure.message}")
 
 
-def encode_spec(spec: LaunchSpec) -> bytes:
+def encode_spec(spec: LaunchSpec, lasting: bytes | None = None) -> bytes:
     """The bytes of ``spec``: its lasting part, then what is this launch's own.
 
-    The lasting part is all that a template is built from, and holds no secret. In the other,
-    arguments and environment stand as execve(2) wants them, so that a template can point to them
-    where they lie instead of copying them.
+    The lasting part is all that a template is built from, and holds no secret; who has it already
+    passes it on. In the other, arguments and environment stand as execve(2) wants them, so that a
+    template can point to them where they lie instead of copying them.
     """
-    out = _Writer()
-    out.blob(lasting_part(spec))
-    out.text(spec.id)
-    out.number(len(spec.argv))
+    if lasting is None:
+        lasting = lasting_part(spec)
+    name = os.fsencode(spec.id)
+    counts = len(spec.argv), len(spec.env), len(spec.files)
+    at = _HEAD.size + len(lasting) + len(name) + 8 * (2 * counts[0] + 3 * counts[1] + 2 * counts[2])
+    places: list[int] = []
+    parts: list[bytes] = []
     for argument in spec.argv:
-        out.string(argument)
-    out.number(len(spec.env))
-    for name, value in spec.env:
-        out.number(len(name))
-        out.string(name + b"=" + value)
-    out.number(len(spec.files))
+        end = at + len(argument)
+        places += (at, end)
+        parts += (argument, b"\0")
+        at = end + 1
+    for key, value in spec.env:
+        start = at + len(key) + 1
+        end = start + len(value)
+        places += (at, start, end)
+        parts += (key, b"=", value, b"\0")
+        at = end + 1
     for file in spec.files:
-        out.blob(file.content)
-    return bytes(out.data)
+        end = at + len(file.content)
+        places += (at, end)
+        parts += (file.content, b"\0")
+        at = end + 1
+    head = _HEAD.pack(at, len(lasting), len(name), *counts)
+    return b"".join((head, lasting, name, struct.pack(f"!{len(places)}Q", *places), *parts))
 
 
 def lasting_part(spec: LaunchSpec) -> bytes:
@@ -338,20 +338,18 @@ def lasting_part(spec: LaunchSpec) -> bytes:
 
 def decode_spec(data: bytes) -> LaunchSpec:
     """The spec in ``data``; ValueError unless it is exactly one."""
-    lasting = decode_lasting(data[slice(*lasting_span(data))])
     own = locate(data)
-    pairs = ((data[a : b - 1], c) for a, b, c in own.env)
-    contents = (data[slice(*span)] for span in own.files)
+    lasting = decode_lasting(data[slice(*own.lasting)])
     if len(own.files) != len(lasting.files):
         raise ValueError("a launch spec has one content for each of its files")
     return replace(
         lasting,
         id=os.fsdecode(data[slice(*own.id)]),
-        argv=tuple(data[slice(*span)] for span in own.argv),
-        env=tuple((name, data[slice(*span)]) for name, span in pairs),
+        argv=tuple(data[start:end] for start, end in own.argv),
+        env=tuple((data[start : value - 1], data[value:end]) for start, value, end in own.env),
         files=tuple(
-            FileSpec(file.path, content, file.mode)
-            for file, content in zip(lasting.files, contents, strict=True)
+            FileSpec(file.path, data[start:end], file.mode)
+            for file, (start, end) in zip(lasting.files, own.files, strict=True)
         ),
     )
 
@@ -364,7 +362,7 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         argv=(),
         env=(),
         uid=read.number(),
-        pin=(read.number(), read.number()),
+        pin=(read.number(), read.number(), read.number()),
         program=read.text(),
         cwd=read.text(),
         network=read.text(),
@@ -382,36 +380,43 @@ def decode_lasting(data: bytes) -> LaunchSpec:
     return spec
 
 
-@dataclass(frozen=True)
-class Located:
-    """Where the parts of a launch's own lie in its encoded spec: (start, end), NULs left out.
+class Located(NamedTuple):
+    """Where the parts of an encoded spec lie: (start, end), and a NUL at the end.
 
-    Of a variable: where its name starts, where its value starts, and (start, end) of the value.
+    Of a variable: where its name starts, where its value starts and ends.
     """
 
+    lasting: Span
     id: Span
-    argv: tuple[Span, ...]
-    env: tuple[tuple[int, int, Span], ...]
-    files: tuple[Span, ...]
-
-
-def lasting_span(data: bytes | memoryview) -> Span:
-    """Where the lasting part lies in an encoded spec."""
-    return _Reader(data).span()
+    argv: Sequence[Span]
+    env: Sequence[tuple[int, int, int]]
+    files: Sequence[Span]
 
 
 def locate(data: bytes | memoryview) -> Located:
-    """Find a launch's own part in an encoded spec, copying nothing. ValueError if damaged."""
-    read = _Reader(data)
-    read.span()
-    where = Located(
-        id=read.span(),
-        argv=tuple(read.string() for _ in range(read.number())),
-        env=tuple(read.variable() for _ in range(read.number())),
-        files=tuple(read.span() for _ in range(read.number())),
-    )
-    read.end()
-    return where
+    """Find the parts of an encoded spec, copying nothing. ValueError if damaged."""
+    size = len(data)
+    if size < _HEAD.size:
+        raise ValueError("the launch spec is cut short")
+    total, lasting, name, argc, envc, filec = _HEAD.unpack_from(data)
+    if size != total:
+        found = "is cut short" if size < total else "has bytes left over"
+        raise ValueError(f"the launch spec {found}")
+    count = 2 * argc + 3 * envc + 2 * filec
+    begin = _HEAD.size + lasting + name
+    if begin + 8 * count > size:
+        raise ValueError("the launch spec is cut short")
+    table = struct.unpack_from(f"!{count}Q", data, begin)
+    argv = list(zip(table[0 : 2 * argc : 2], table[1 : 2 * argc : 2], strict=True))
+    rest = table[2 * argc :]
+    env = list(zip(*(iter(rest[: 3 * envc]),) * 3, strict=True))
+    files = list(zip(*(iter(rest[3 * envc :]),) * 2, strict=True))
+    if table and (min(table) < begin + 8 * count or max(table) >= size):
+        raise ValueError("a part of the launch spec lies elsewhere")
+    if any(data[end] for _, end in argv) or any(data[end] for _, _, end in env):
+        raise ValueError("a string of the launch spec has no end")
+    middle = _HEAD.size + lasting
+    return Located((_HEAD.size, middle), (middle, begin), argv, env, files)
 
 
 def sealed_memfd(data: bytes) -> int:
@@ -453,7 +458,7 @@ def _put_mount(out: _Writer, mount: MountSpec) -> None:
 def _get_mount(read: _Reader) -> MountSpec:
     source, target, flags = read.text(), read.text(), read.number()
     readonly, noexec, idmap, optional, shared = (bool(flags & 1 << bit) for bit in range(5))
-    pin = read.number(), read.number()
+    pin = read.number(), read.number(), read.number()
     return MountSpec(source, target, readonly, noexec, idmap, optional, shared, pin)
 
 
@@ -467,10 +472,6 @@ class _Writer:
     def blob(self, value: bytes) -> None:
         self.data += _NUMBER.pack(len(value))
         self.data += value
-
-    def string(self, value: bytes) -> None:
-        self.blob(value)
-        self.data += b"\0"
 
     def text(self, value: str) -> None:
         self.blob(os.fsencode(value))
@@ -487,21 +488,6 @@ class _Reader:
 
     def span(self) -> Span:
         return self._skip(self.number())
-
-    def string(self) -> Span:
-        span = self.span()
-        start, end = self._skip(1)
-        if self.data[start:end] != b"\0":
-            raise ValueError("a string of the launch spec has no end")
-        return span
-
-    def variable(self) -> tuple[int, int, Span]:
-        size = self.number()
-        start, end = self.string()
-        value = start + size + 1
-        if value > end or self.data[value - 1 : value] != b"=":
-            raise ValueError("a variable of the launch spec has no name")
-        return start, value, (value, end)
 
     def text(self) -> str:
         return os.fsdecode(bytes(self.data[slice(*self.span())]))

@@ -2,7 +2,8 @@
 
 A digest says what a file *was*. So the file is opened once for each launch and hashed through that
 descriptor, which stays open until the program runs: meanwhile no other file can have its device and
-inode number, and these are what the sandbox compares with the descriptor that it executes.
+inode number, and no write leaves its time of change as it was. These are what the sandbox compares
+with the descriptor that it executes.
 
 A script is started as the kernel would (``#!``, execve(2)), but by us: its interpreter is pinned
 like a program, and the script is what the sandbox shows at its path.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from sandboxd.errors import Denied
+from sandboxd.isolation.wire import Pin
 
 if TYPE_CHECKING:
     from sandboxd.policy.model import Tool
@@ -32,6 +34,7 @@ __all__ = [
     "Held",
     "Interpreter",
     "Refused",
+    "bytes_to_hash",
     "hold_program",
     "interpreters_of",
     "is_native",
@@ -53,8 +56,6 @@ _REMEMBERED = 256
 _MOST_SIBLINGS = 64
 
 _ENV = re.compile(r"[^\s=-][^\s=]*")
-
-Identity = tuple[int, int]
 
 
 class Refused(Exception):
@@ -80,9 +81,9 @@ class Held:
     the program; None: the folder is shown as it is.
     """
 
-    program: Identity
+    program: Pin
     start: tuple[str, ...]
-    execute: tuple[Path, Identity] | None
+    execute: tuple[Path, Pin] | None
     beside: tuple[Path, ...] | None = None
     fds: list[int] = field(default_factory=list)
 
@@ -112,6 +113,19 @@ def hold_program(tool: Tool) -> Held:
         raise
 
 
+def bytes_to_hash(tool: Tool) -> int:
+    """How much :func:`hold_program` would read now."""
+    total = 0
+    for path in (tool.program, *(interpreter.path for interpreter in tool.interpreters)):
+        try:
+            there = os.stat(path)  # noqa: PTH116 - in the way of every call
+        except OSError:
+            continue  # it will tell
+        if there.st_size <= _SMALL or _key(there) not in _known:
+            total += there.st_size
+    return total
+
+
 def interpreters_of(program: Path, environment: Mapping[str, str]) -> tuple[Interpreter, ...]:
     """What the kernel would start to run the script ``program``, the innermost first; () of others.
 
@@ -139,7 +153,7 @@ def is_native(path: Path) -> bool:
         return stream.read(4) == b"\x7fELF"
 
 
-def _open(tool: Tool, path: Path, digest: str, fds: list[int]) -> Identity:
+def _open(tool: Tool, path: Path, digest: str, fds: list[int]) -> Pin:
     from sandboxd.policy.model import place
 
     rule = place(tool, "program")
@@ -159,14 +173,14 @@ def _open(tool: Tool, path: Path, digest: str, fds: list[int]) -> Identity:
             rule=rule,
             hint="look at what changed it, then: sandboxctl reload",
         )
-    return there.st_dev, there.st_ino
+    return there.st_dev, there.st_ino, there.st_ctime_ns
 
 
 _known: dict[tuple[int, ...], str] = {}
 
 
 def _digest(fd: int, there: os.stat_result) -> str:
-    key = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
+    key = _key(there)
     if there.st_size > _SMALL and key in _known:
         return _known[key]
     with open(fd, "rb", closefd=False, buffering=0) as stream:
@@ -177,6 +191,10 @@ def _digest(fd: int, there: os.stat_result) -> str:
             _known.pop(next(iter(_known)), None)
         _known[key] = digest
     return digest
+
+
+def _key(there: os.stat_result) -> tuple[int, ...]:
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns
 
 
 def _same(one: os.stat_result, other: os.stat_result) -> bool:

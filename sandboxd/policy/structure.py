@@ -36,6 +36,9 @@ __all__ = ["VERSION", "keys_of", "structure"]
 #: The version that every file states; a later format gets a later number.
 VERSION = 1
 
+#: Keys below which null is a value, for what stands there is JSON.
+_KEEP_NULL = frozenset({"input", "output", "when"})
+
 T = TypeVar("T")
 
 
@@ -60,7 +63,8 @@ def structure(document: Document, cls: type[T], problems: Problems) -> T | None:
         result = _converter.structure(value, cls)
     except (BaseValidationError, Wrong) as error:
         for path, problem in _leaves(error, ()):
-            if not _is_empty(value, path):  # told already
+            # Of what has no value it was told already, but where JSON may have null.
+            if not _is_empty(value, path) or _KEEP_NULL.intersection(path[:-1]):
                 _report(path, problem, document, problems)
         return None
     return result if len(problems.errors) == before else None
@@ -111,7 +115,7 @@ def _check_empty(value: Any, path: Path, document: Document, problems: Problems)
                 f"{_spell(place)} has no value",
                 "leave the key out to have its default" if isinstance(key, str) else "",
             )
-        elif isinstance(inner, dict | list) and key not in ("input", "output", "when"):
+        elif isinstance(inner, dict | list) and key not in _KEEP_NULL:
             _check_empty(inner, place, document, problems)
 
 

@@ -41,6 +41,8 @@ _STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet (RFC 464
 _LOWER = _SAME.lower()
 
 
+_NUMBERS = [b"%d" % byte for byte in range(256)]
+
 #: By what is dropped: 1 for each byte that is not.
 KEPT = {
     drops: bytes(byte not in drops for byte in range(256)) for drops in (b"", BLANKS, CANON_DROPS)
@@ -182,15 +184,9 @@ def _password(text: bytes) -> bytes:
 def _encoded(name: str, value: bytes) -> Iterator[Form]:
     for before in range(3):
         yield from _base64(name, value, before)
-    digits = value.hex().encode()
-    yield Form(name, digits, _LOWER, _SEPARATORS)
-    yield Form(
-        name,
-        b"".join(b"0x" + digits[at : at + 2] for at in range(0, len(digits), 2)),
-        _LOWER,
-        _SEPARATORS,
-    )
-    numbers = b"".join(b"%d" % byte for byte in value)
+    yield Form(name, value.hex().encode(), _LOWER, _SEPARATORS)
+    yield Form(name, ("0x" + value.hex(" ").replace(" ", "0x")).encode(), _LOWER, _SEPARATORS)
+    numbers = b"".join(map(_NUMBERS.__getitem__, value))
     if len(numbers) > ANCHOR:
         yield Form(name, numbers, _SAME, _SEPARATORS)
 

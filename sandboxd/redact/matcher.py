@@ -14,9 +14,11 @@ from importlib.util import find_spec
 from itertools import compress, islice
 from typing import Any, NamedTuple
 
+from sandboxd.redact.dump import BEGIN, dump_parts, last_line, line_end, line_start
 from sandboxd.redact.encodings import ANCHOR, CANON, CANON_DROPS, KEPT, Form, forms
 from sandboxd.redact.unescape import (
     Escape,
+    Part,
     View,
     align,
     escapes,
@@ -67,11 +69,15 @@ class Open(NamedTuple):
 
 
 class Found(NamedTuple):
-    """``hold``: the text from there is undecided until more of it is known."""
+    """``hold``: the text from there is undecided until more of it is known.
+
+    ``dump``: it holds a dump, which what follows may go on with.
+    """
 
     spans: list[Span]
     opens: list[Open]
     hold: int
+    dump: bool = False
 
 
 class Matcher:
@@ -99,33 +105,49 @@ class Matcher:
     def __bool__(self) -> bool:
         return bool(self._lenses)
 
-    def search(self, text: bytes) -> Found:
-        """Every occurrence, and every end of the text that may become one."""
+    def search(self, text: bytes, *, dump: bool = False) -> Found:
+        """Every occurrence, and every end of the text that may become one.
+
+        ``dump``: a dump began in what was before.
+        """
         spans: list[Span] = []
         opens: list[Open] = []
-        self._look(_Look(text, spans, opens))
+        plain = _Look(text, spans, opens)
+        self._look(plain)
         places, blanked = telling(text)
         if blanked is not text:
             self._look(_Look(blanked, spans, opens))
-        hold = cut = unfinished(text)
-        if cut < len(text):  # as if the escape went on
-            begin = max(0, cut - self._widest)
-            self._look(_Look(text[begin:cut], spans, opens, begin))
-        for view in self._views(text, places, cut) if places else ():
-            look = _Look(view.data, spans, opens, views=(view,))
-            self._look(look)
-            hold = min(hold, self._nested(look, _ROUNDS))
-        hold = min(hold, min((entry.start for entry in opens), default=hold))
+        hold = len(text)
+        for look in self._cut(plain):  # as if the escape went on
+            hold = look.place(len(look.data), len(look.data))[0]
+            hold = min(hold, self._decoded(look, _ROUNDS))
+        for view in self._views(text, places) if places else ():
+            hold = min(hold, self._nested(plain.through(view), _ROUNDS))
+        if dump or BEGIN in text:
+            dump = self._dumped(text, spans, opens) or dump
+        hold = min(hold, last_line(text), min((entry.start for entry in opens), default=hold))
         if hold < len(text):
             hold = align(text, hold)
-        return Found(spans, opens, hold)
+        return Found(spans, opens, hold, dump)
 
-    def _views(self, text: bytes, places: Sequence[int], cut: int) -> Iterator[View]:
+    def _dumped(self, text: bytes, spans: list[Span], opens: list[Open]) -> bool:
+        """Look at what the lines of dumps hold, each with all that the line shows of it."""
+        parts = dump_parts(text, _GAP)
+        if parts:
+            look = _Look(text, [], []).through(View(text, parts))
+            self._look(look)
+            for start, end, name in look.spans:
+                end = line_end(text, end)
+                spans.append(Span(start, end, name))
+                if end == len(text):  # its text column is still to come
+                    look.opens.append(Open(start, name, guarded=True, partial=True))
+            opens += [e._replace(start=line_start(text, e.start)) for e in look.opens]
+        return bool(parts)
+
+    def _views(self, text: bytes, places: Sequence[int]) -> Iterator[View]:
         """What is around the escapes at these places, decoded; the rest left out."""
         parts = self._parts(text, places)
         yield View(text, parts)
-        if cut < len(text):
-            yield View(text[:cut], [part for part in parts if part[1] <= cut])
         kinds = {part[3] for part in parts} - {b""}
         for kind in kinds if len(kinds) > 1 else ():
             # What looks like one kind may begin a text that only another kind hides.
@@ -146,21 +168,28 @@ class Matcher:
         return parts
 
     def _nested(self, look: _Look, rounds: int) -> int:
-        """Decode what was decoded, as often as it is nested; where an escape is that is cut."""
+        """Look at it, and decode again as often as it is nested; where an escape is cut."""
+        self._look(look)
         hold = sys.maxsize
-        looks = [look]
+        for part in self._cut(look):
+            hold = part.place(len(part.data), len(part.data))[0]
+            hold = min(hold, self._decoded(part, rounds))
+        return min(hold, self._decoded(look, rounds))
+
+    def _decoded(self, look: _Look, rounds: int) -> int:
+        found = escapes(look.data, 0, len(look.data)) if rounds else []
+        if not found:
+            return sys.maxsize
+        return self._nested(look.through(View(look.data, found)), rounds - 1)
+
+    def _cut(self, look: _Look) -> Iterator[_Look]:
+        """The end without the escape that it cuts, if it does, looked at."""
         cut = unfinished(look.data)
         if cut < len(look.data):
-            hold = look.place(cut, cut + 1)[0]
-            looks.append(look._replace(data=look.data[:cut]))
-            self._look(looks[1])
-        for each in looks if rounds else ():
-            if found := escapes(each.data, 0, len(each.data)):
-                view = View(each.data, found)
-                deeper = each._replace(data=view.data, views=(view, *each.views))
-                self._look(deeper)
-                hold = min(hold, self._nested(deeper, rounds - 1))
-        return hold
+            begin = align(look.data, max(0, cut - self._widest))
+            part = look.through(Part(look.data, begin, cut))
+            self._look(part)
+            yield part
 
     def _look(self, look: _Look) -> None:
         for lens in self._lenses:
@@ -180,13 +209,15 @@ class _Look(NamedTuple):
     data: bytes
     spans: list[Span]
     opens: list[Open]
-    begin: int = 0
-    views: tuple[View, ...] = ()
+    views: tuple[View | Part, ...] = ()
+
+    def through(self, view: View | Part) -> _Look:
+        return self._replace(data=view.data, views=(view, *self.views))
 
     def place(self, start: int, end: int) -> tuple[int, int]:
         for view in self.views:
             start, end = view.start(start), view.end(end)
-        return self.begin + start, self.begin + end
+        return start, end
 
 
 class _Lens:

@@ -199,6 +199,7 @@ class _Lane:
                 [Span(s - moved, e - moved, name) for s, e, name in self._seen.spans if e > moved],
                 [entry._replace(start=entry.start - moved) for entry in self._seen.opens],
                 self._seen.hold - moved,
+                self._seen.dump,
             )
             self._marks = [span for span in self._marks if span.end > hold]
             self.base = hold
@@ -228,7 +229,7 @@ class _Lane:
 
     def _search(self) -> None:
         if self._fresh:
-            self._seen = self._matcher.search(self._buffer)
+            self._seen = self._matcher.search(self._buffer, dump=self._seen.dump)
             self._fresh = 0
 
     def _spans(self) -> list[Span]:

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Escape", "View", "align", "escapes", "telling", "unfinished"]
+__all__ = ["Escape", "Part", "View", "align", "escapes", "telling", "unfinished"]
 
 _HEX = rb"[0-9A-Fa-f]"
 _PERCENT = _HEX + rb"{2}"
@@ -106,6 +106,21 @@ class View:
         return (start, end) if over < 0 else (end + over, end + over + 1)
 
 
+class Part:
+    """A part of a text."""
+
+    __slots__ = ("_begin", "data")
+
+    def __init__(self, text: bytes, begin: int, end: int) -> None:
+        self.data, self._begin = text[begin:end], begin
+
+    def start(self, at: int) -> int:
+        return self._begin + at
+
+    def end(self, at: int) -> int:
+        return self._begin + at
+
+
 def telling(text: bytes) -> tuple[list[int], bytes]:
     """Where escapes are, in order, and the text.
 
@@ -161,8 +176,8 @@ def unfinished(text: bytes) -> int:
 def align(text: bytes, at: int) -> int:
     """``at``, or the beginning of the escape that it would cut."""
     first = max(0, at - _LONGEST)
-    while first and text[first - 1] == 0x5C:  # a run of backslashes is read from its beginning
-        first -= 1
+    if text[first - 1 : first] == b"\\":  # a run of backslashes is read in pairs
+        first -= (first - len(text[:first].rstrip(b"\\"))) % 2
     for match in _ESCAPE.finditer(text, first, at + _LONGEST):
         if match.start() >= at:
             break

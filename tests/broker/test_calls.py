@@ -451,21 +451,36 @@ async def test_nothing_runs_when_the_audit_log_can_not_be_written(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("late", [False, True])
 async def test_a_tool_whose_launch_can_not_be_recorded_is_killed(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    append = broker.audit.append
+    settle = broker.audit.settle
 
-    async def fails_late(event: str, **fields: Any) -> int:
-        if event == "call.launched":
+    def full(event: str, **fields: Any) -> int:
+        raise StoreError("no space left on the device")
+
+    async def full_late(seq: int) -> None:
+        if broker.audit._pending and b'"call.launched"' in broker.audit._pending[0]:
             raise StoreError("no space left on the device")
-        return await append(event, **fields)
+        await settle(seq)
 
-    monkeypatch.setattr(broker.audit, "append", fails_late)
+    if late:
+        monkeypatch.setattr(broker.audit, "settle", full_late)
+    else:
+        monkeypatch.setattr(broker.audit, "note", full)
     with trio.fail_after(20):
         result = await broker.run("sleep 88008")
     assert result.outcome == "failed"
     assert alive("88008") == []
+
+
+async def test_the_record_of_a_launch_is_on_disk_while_its_tool_runs(broker: Broker) -> None:
+    broker.tool("long", "sleep 88010")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(broker.call, "long")
+        await running(broker)
+        nursery.cancel_scope.cancel()
 
 
 # --- being cancelled ----------------------------------------------------------------------------

@@ -65,6 +65,14 @@ def replace(program: Path) -> None:
     new.rename(program)
 
 
+def overwrite(program: Path) -> None:
+    """Change the very file, as an editor may; its time of modification shows nothing of it."""
+    before = program.stat()
+    with program.open("r+b") as stream:
+        stream.write(b"#!/bin/sh\necho evil\nexit\n")
+    os.utime(program, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def swapping(broker: Broker, monkeypatch: pytest.MonkeyPatch, swap: Callable[[], None]) -> None:
     """Let ``swap`` happen after the program was found to be right, before the sandbox is built."""
     launch = broker.launcher.launch
@@ -108,6 +116,19 @@ async def test_what_takes_the_program_s_place_after_the_check_never_runs(
         again = await broker.call("tool")
         assert again.outcome == "denied"
         assert "changed after the configuration was loaded" in again.message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_is_written_into_the_program_after_the_check_never_runs(
+    kind: Callable[[Broker, str], Path], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = kind(broker, "tool")
+    broker.session()
+    swapping(broker, monkeypatch, lambda: overwrite(program))
+    for _ in range(2):  # where no sandbox is ready, and where one might be
+        result = await broker.call("tool")
+        assert result.stdout == b""
+        assert "ESTALE" in result.message or "changed after" in result.message, result
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -149,14 +149,14 @@ BOUNDS: tuple[Layer, ...] = (
     _kept_ready(
         "late signals are dropped",
         "sigtimedwait(2)",
-        "    while signal.sigtimedwait(SIGNALS, 0) is not None:\n",
+        "    while _next_signal(0):\n",
         "    while False:\n",
         "signals_that_a_call_sends",
     ),
     _kept_ready(
         "another kind of launch is refused",
         "docs/architecture.md",
-        "if spec.view[slice(*lasting_span(spec.view))] != self.lasting:",
+        "if view[slice(*own.lasting)] != self.lasting:",
         "if False:",
         "refuses_the_launch_of_another",
     ),

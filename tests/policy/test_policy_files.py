@@ -29,6 +29,7 @@ from sandboxd.policy.decide import decide, session_terms
         ("rules: [{allow: echo, when: {text: {regex: x}}}]\n", "3:36: rules[0].when.text: expect"),
         ("rules: [{allow: echo, when: {text: {any_of: []}}}]\n", "3:45: rules[0].when.text.any_of"),
         ("rules: [{allow: echo, when: {text: {glob: 3}}}]\n", "3:43: rules[0].when.text.glob: exp"),
+        ("rules: [{allow: echo, when: {text: {glob: null}}}]\n", "3:43: rules[0].when.text.glob: "),
         ("rules: [{allow: echo, reason: ''}]\n", "3:31: rules[0].reason: expected some text"),
         ("network: hosts\n", "3:10: network: expected none or host"),
         ("require: [selinux]\n", "3:11: require[0]: expected user_namespace or mount_namespace"),

@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ALL", "Spelling", "base64_of", "each", "wrapped"]
+__all__ = ["ALL", "Spelling", "base64_of", "dump", "each", "wrapped"]
 
 
 @dataclass(frozen=True)
@@ -147,3 +147,22 @@ ALL: dict[str, Callable[[str], Spelling]] = {
     "decimal references": each(lambda c: f"&#{ord(c)};"),
     "hexadecimal references": each(lambda c: f"&#x{ord(c):X};"),
 }
+
+
+def dump(data: bytes, kind: str) -> bytes:
+    """As the program of that name prints it."""
+    offset, pair, column = {
+        "xxd": ("%08x: ", "%02x%02x ", " %s"),
+        "hexdump -C": ("%08x  ", "%02x %02x ", " |%s|"),
+        "od -tx1": ("%07o ", "%02x %02x ", ""),
+        "od -Ax -tx1z": ("%06x ", "%02x %02x ", " >%s<"),
+        "od -c": ("%07o", "   %c   %c", ""),
+    }[kind]
+    lines = []
+    for at in range(0, len(data), 16):
+        line = data[at : at + 16]
+        even = line + b" " * (len(line) % 2)
+        shown = "".join(pair % (even[n], even[n + 1]) for n in range(0, len(even), 2))
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in line)
+        lines.append(offset % at + shown + (column and column % text) + "\n")
+    return "".join(lines).encode()

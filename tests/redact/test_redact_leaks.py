@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from spellings import ALL, Spelling
+from spellings import ALL, Spelling, dump
 
 from sandboxd.maskable import weakness
 from sandboxd.redact import Mask, Matcher, Redactor, Streams
@@ -177,3 +177,22 @@ def test_texts_in_a_row_leak_no_eight_characters(value: str, name: str, cuts: li
     masked = Mask({"V": Secret(value)}).texts([text[a:b] for a, b in itertools.pairwise(edges)])
     joined = "".join(masked).encode()
     assert not any(window in joined for window in spelling.windows(value))
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 900), max_size=8), before=st.integers(0, 40))
+@pytest.mark.parametrize("kind", ["xxd", "hexdump -C", "od -tx1", "od -Ax -tx1z", "od -c"])
+def test_no_split_of_a_dump_leaks_eight_characters(kind: str, cuts: list[int], before: int) -> None:
+    value = b"9vZ4/Qm7x_T2kLw8.Rb3+Yc6=fade0123cafe"
+    data = b"first line\n" + dump(b"e0 " * 14 + b"." * before + value + b"." * 30, kind)
+    edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    redactor = Redactor({"V": Secret(value)})
+    out = b"".join(redactor.feed(data[a:b]) for a, b in itertools.pairwise(edges))
+    out += redactor.flush()
+    assert redactor.hits
+    text = out.translate(None, b" \n")
+    for at in range(len(value) - 7):
+        assert value[at : at + 8] not in text
+        assert value[at : at + 8].hex().encode() not in text
+    assert out.startswith(b"first line\n000")
+    assert dump(b"e0 " * 14, kind)[:40] in out  # the lines before it are as they were
