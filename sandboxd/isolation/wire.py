@@ -21,7 +21,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
@@ -131,9 +131,7 @@ class MountSpec:
     privileges both are the same user anyway).
 
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
-    last descriptor, made by a launch with an :class:`OverlaySpec`.
-
-    ``pin``: what the source must be.
+    last descriptor, made by a launch with an :class:`OverlaySpec`. ``pin``: what the source must be.
     """
 
     source: str
@@ -217,9 +215,7 @@ class LaunchSpec:
 
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
-
-    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: what that
-    must be.
+    ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
     """
 
     id: str
@@ -454,15 +450,7 @@ def sealed_memfd(data: bytes) -> int:
     return fd
 
 
-_LIMIT_FIELDS = (
-    "memory",
-    "processes",
-    "open_files",
-    "file_size",
-    "cpu_seconds",
-    "tmp_size",
-    "millicpus",
-)
+_LIMIT_FIELDS = tuple(limit.name for limit in fields(Limits))  # in declaration order
 
 
 def _put_mount(out: _Writer, mount: MountSpec) -> None:
