@@ -298,10 +298,9 @@ def encode_spec(spec: LaunchSpec, lasting: bytes | None = None) -> bytes:
     """
     if lasting is None:
         lasting = lasting_part(spec)
-    name = os.fsencode(spec.id)
-    counts = len(spec.argv), len(spec.env), len(spec.files)
+    name, counts = os.fsencode(spec.id), (len(spec.argv), len(spec.env), len(spec.files))
     at = _HEAD.size + len(lasting) + len(name) + 8 * (2 * counts[0] + 3 * counts[1] + 2 * counts[2])
-    places: list[int] = []
+    places: list[int] = []  # where each part stands
     parts: list[bytes] = []
     for argument in spec.argv:
         end = at + len(argument)
@@ -415,13 +414,12 @@ def locate(data: bytes | memoryview) -> Located:
     if size < _HEAD.size:
         raise ValueError("the launch spec is cut short")
     total, lasting, name, argc, envc, filec = _HEAD.unpack_from(data)
-    if size != total:
-        found = "is cut short" if size < total else "has bytes left over"
-        raise ValueError(f"the launch spec {found}")
     count = 2 * argc + 3 * envc + 2 * filec
     begin = _HEAD.size + lasting + name
-    if begin + 8 * count > size:
+    if size < total or begin + 8 * count > size:
         raise ValueError("the launch spec is cut short")
+    if size > total:
+        raise ValueError("bytes are left over after the launch spec")
     table = struct.unpack_from(f"!{count}Q", data, begin)
     argv = list(zip(table[0 : 2 * argc : 2], table[1 : 2 * argc : 2], strict=True))
     rest = table[2 * argc :]
@@ -489,9 +487,7 @@ class _Reader:
         self.data, self.at = data, 0
 
     def number(self) -> int:
-        start, _ = self._skip(8)
-        value: int = _NUMBER.unpack_from(self.data, start)[0]
-        return value
+        return int(_NUMBER.unpack_from(self.data, self._skip(8)[0])[0])
 
     def span(self) -> Span:
         return self._skip(self.number())
