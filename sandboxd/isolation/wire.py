@@ -131,7 +131,7 @@ class MountSpec:
     privileges both are the same user anyway).
 
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
-    last descriptor, made by a launch with an :class:`OverlaySpec`. ``pin``: what the source must be.
+    last descriptor, made by a launch with an :class:`OverlaySpec`. ``pin``: what it must be.
     """
 
     source: str
