@@ -12,7 +12,7 @@ from typing import Any
 
 from sandboxd import __version__
 
-__all__ = ["describe", "in_words", "user"]
+__all__ = ["busy", "describe", "in_words", "user"]
 
 
 def describe() -> dict[str, Any]:
@@ -43,6 +43,11 @@ def in_words(about: dict[str, Any]) -> str:
         f"load average {about['load'][0]:.1f} when it began"
         + (f", {about['load_after'][0]:.1f} at its end" if "load_after" in about else "")
     )
+
+
+def busy(about: dict[str, Any]) -> bool:
+    """Whether so much else ran when it began that times say little."""
+    return bool(about["load"][0] > 0.75 * about["processors"])
 
 
 def user() -> str:

@@ -64,6 +64,8 @@ def text(result: Mapping[str, Any]) -> str:
     goals += [(g["figure"], g["goal"], g["here"], _WORD[g["met"]]) for g in result["goals"]]
     rows += _aligned(goals)
     rows += ["", machine.in_words(result["machine"])]
+    if machine.busy(result["machine"]):
+        rows.append("the machine did other work meanwhile: measure again when it is quiet")
     rows += [f"INVALID: {what}" for what in result["invalid"]]
     return "\n".join(rows)
 
@@ -74,6 +76,11 @@ def markdown(result: Mapping[str, Any], plot: str = "") -> str:
     if result["invalid"]:
         rows += ["**These figures are invalid**, for what was measured is isolated less than what"]
         rows += ["is shipped:", "", *(f"- {what}" for what in result["invalid"]), ""]
+    if machine.busy(result["machine"]):
+        rows += [
+            "**The machine did other work meanwhile**, which makes times longer and ratios worse:"
+        ]
+        rows += ["take the order of things from this, not their sizes.", ""]
     goals = [(g["figure"], g["goal"], g["here"], _WORD[g["met"]]) for g in result["goals"]]
     rows += _piped(("figure", "goal", "here", ""), goals)
     rows += ["", machine.in_words(result["machine"]) + ".", ""]

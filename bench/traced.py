@@ -16,6 +16,7 @@ import pstats
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def _serve() -> int:
         if profile is not None:
             profile.disable()
             told |= _shares(pstats.Stats(profile))
-        Path(os.environ["SANDBOXD_BENCH_TRACE"]).write_text(json.dumps(told))
+        with suppress(FileNotFoundError):  # it never got as far as its state directory
+            Path(os.environ["SANDBOXD_BENCH_TRACE"]).write_text(json.dumps(told))
 
 
 def _profile_from_first(profile: Any) -> list[str]:

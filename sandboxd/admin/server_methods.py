@@ -42,21 +42,21 @@ class ServerMethods:
     async def pins(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """Every configured server, and what was accepted of it."""
         config, accepted = self._daemon.config, self._daemon.pins.pins
-        changed = self._daemon.calls.servers.changed
         rows = []
         for name in sorted({*config.servers, *accepted}):
             server, pin = config.servers.get(name), accepted.get(name)
+            changes = self._changes(name)
             offered = [t for t in config.tools if t.startswith(f"{name}__")]
             rows.append(
                 {
                     "server": name,
                     "source": server.source if server else None,
-                    "state": _state(server, pin, offered, changed.get(name, ())),
+                    "state": _state(server, pin, offered, changes),
                     "tools": sorted(offered),
                     "digest": pin.digest if pin else None,
                     "accepted_by": pin.by if pin else None,
                     "accepted_at": iso(pin.at) if pin else None,
-                    "changes": list(changed.get(name, ())),
+                    "changes": list(changes),
                     "agents": _agents_of(config, name),
                     "running": sum(
                         one.server.name == name for one in self._daemon.calls.servers.live()
@@ -123,6 +123,12 @@ class ServerMethods:
         with trio.CancelScope(shield=True):
             await self._daemon.unaccept(name, caller.name)
         return Reply({"server": name})
+
+    def _changes(self, name: str) -> tuple[str, ...]:
+        """How the server differed when a session last met it, unless that was accepted since."""
+        digest, changes = self._daemon.calls.servers.changed.get(name, ("", ()))
+        pin = self._daemon.pins.pins.get(name)
+        return () if pin is not None and pin.digest == digest else changes
 
     def _remember(self, server: str, digest: str, found: tuple[Definition, ...]) -> None:
         self._inspected.pop((server, digest), None)

@@ -26,7 +26,7 @@ from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.isolation.wire import FileSpec
 from sandboxd.policy.decide import Decision
-from sandboxd.policy.definitions import read_definitions
+from sandboxd.policy.definitions import digest_of, read_definitions
 from sandboxd.policy.mcpserver import McpServer
 from sandboxd.policy.programs import Held, hold_program
 from sandboxd.redact import Mask, Matcher
@@ -59,7 +59,8 @@ class Start:
 class Running:
     """A server and its connection. One task runs :meth:`run`; calls use the rest meanwhile.
 
-    ``offered`` holds the digests of what it offers, by the server's own names.
+    ``offered`` holds the digests of what it offers, by the server's own names; ``digest`` is that
+    of all of it.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Running:
         self.total = 0
         self.pid = 0
         self.reason = ""
-        self.told = False
+        self.told = ""
         self.listed: list[Any] = []
         self.offered: dict[str, str] = {}
+        self.digest = ""
         self.exit: Exit | None = None
         self.ended = trio.Event()
         self._begin, self._terms, self._chosen = start, terms, chosen
@@ -147,7 +149,9 @@ class Running:
         async with self._listing:
             self.listed = await self.peer.list_tools()
             definitions, _ = read_definitions(self.listed, self.server.name)
-            self.offered = {d.name: d.digest for d in definitions if self.server.may_offer(d.name)}
+            allowed = [d for d in definitions if self.server.may_offer(d.name)]
+            self.offered = {definition.name: definition.digest for definition in allowed}
+            self.digest = digest_of(allowed)
 
     async def run(self) -> None:
         """Own the server until it is ended, idle or gone. Never raises; failures are kept."""

@@ -73,8 +73,9 @@ class Servers:
         self._audit = audit
         self._attached: dict[str, _Attached] = {}
         self._live: dict[str, Running] = {}
-        #: What servers turned out to offer instead of what was accepted, by their names.
-        self.changed: dict[str, tuple[str, ...]] = {}
+        #: What servers turned out to offer instead of what a session had accepted: the digest of
+        #: it and the differences, by their names.
+        self.changed: dict[str, tuple[str, tuple[str, ...]]] = {}
 
     @asynccontextmanager
     async def attached(self, session: Session) -> AsyncIterator[None]:
@@ -275,9 +276,9 @@ class Servers:
             return
         name = running.server.name
         changes = _changes(running)
-        if self.changed.get(name) != changes or not running.told:
-            running.told = True
-            self.changed[name] = changes
+        self.changed[name] = (running.digest, changes)
+        if running.told != running.digest:
+            running.told = running.digest
             log.warning("%s offers other tools than were accepted: %s", name, ", ".join(changes))
             await self._audit.append(
                 "server.changed",

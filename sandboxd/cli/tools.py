@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from sandboxd.cli import authoring, lint, mcpimport, output, servers
 from sandboxd.cli.daemon import connect
@@ -19,7 +20,8 @@ def add(commands: Commands, name: str, line: str) -> None:
         list_,
         help="list the tools with what each is given",
         description="List the tools with the variables that each is given, its network and its "
-        "workspace. With AGENT, only what that agent may call.",
+        "workspace. Plain settings, which output may show, are in parentheses. With AGENT, only "
+        "what that agent may call.",
         examples=[
             ("sandboxctl tools list", "every tool, shipped or configured"),
             ("sandboxctl tools list reporter", "what the agent 'reporter' sees"),
@@ -43,7 +45,7 @@ def list_(args: argparse.Namespace) -> int:
         (
             (
                 tool["name"],
-                ",".join(_secret(secret) for secret in tool["secrets"]) or "-",
+                ",".join(_secret(secret, tool) for secret in tool["secrets"]) or "-",
                 tool["network"],
                 tool["workspace"],
                 f"{tool['timeout']:g}s",
@@ -57,5 +59,7 @@ def list_(args: argparse.Namespace) -> int:
     return 0
 
 
-def _secret(secret: object) -> str:
-    return str(secret["variable"]) if isinstance(secret, dict) else str(secret)
+def _secret(secret: object, tool: dict[str, Any]) -> str:
+    """Its name; in parentheses that of a plain setting, which output may show."""
+    name = str(secret["variable"]) if isinstance(secret, dict) else str(secret)
+    return f"({name})" if name in tool.get("shown", ()) else name

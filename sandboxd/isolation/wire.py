@@ -21,7 +21,7 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
@@ -132,9 +132,7 @@ class MountSpec:
     privileges both are the same user anyway).
 
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
-    last descriptor, made by a launch with an :class:`OverlaySpec`.
-
-    ``pin``: what the source must be.
+    last descriptor, made by a launch with an :class:`OverlaySpec`. ``pin``: what it must be.
     """
 
     source: str
@@ -197,9 +195,7 @@ class LaunchSpec:
 
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
-
-    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: what that
-    must be.
+    ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
     """
 
     id: str
@@ -282,10 +278,9 @@ def encode_spec(spec: LaunchSpec, lasting: bytes | None = None) -> bytes:
     """
     if lasting is None:
         lasting = lasting_part(spec)
-    name = os.fsencode(spec.id)
-    counts = len(spec.argv), len(spec.env), len(spec.files)
+    name, counts = os.fsencode(spec.id), (len(spec.argv), len(spec.env), len(spec.files))
     at = _HEAD.size + len(lasting) + len(name) + 8 * (2 * counts[0] + 3 * counts[1] + 2 * counts[2])
-    places: list[int] = []
+    places: list[int] = []  # where each part stands
     parts: list[bytes] = []
     for argument in spec.argv:
         end = at + len(argument)
@@ -399,13 +394,12 @@ def locate(data: bytes | memoryview) -> Located:
     if size < _HEAD.size:
         raise ValueError("the launch spec is cut short")
     total, lasting, name, argc, envc, filec = _HEAD.unpack_from(data)
-    if size != total:
-        found = "is cut short" if size < total else "has bytes left over"
-        raise ValueError(f"the launch spec {found}")
     count = 2 * argc + 3 * envc + 2 * filec
     begin = _HEAD.size + lasting + name
-    if begin + 8 * count > size:
+    if size < total or begin + 8 * count > size:
         raise ValueError("the launch spec is cut short")
+    if size > total:
+        raise ValueError("bytes are left over after the launch spec")
     table = struct.unpack_from(f"!{count}Q", data, begin)
     argv = list(zip(table[0 : 2 * argc : 2], table[1 : 2 * argc : 2], strict=True))
     rest = table[2 * argc :]
@@ -434,16 +428,7 @@ def sealed_memfd(data: bytes) -> int:
     return fd
 
 
-_LIMIT_FIELDS = (
-    "memory",
-    "processes",
-    "open_files",
-    "file_size",
-    "cpu_seconds",
-    "tmp_size",
-    "millicpus",
-    "io",
-)
+_LIMIT_FIELDS = tuple(limit.name for limit in fields(Limits))  # in declaration order
 
 
 def _put_mount(out: _Writer, mount: MountSpec) -> None:
@@ -482,9 +467,7 @@ class _Reader:
         self.data, self.at = data, 0
 
     def number(self) -> int:
-        start, _ = self._skip(8)
-        value: int = _NUMBER.unpack_from(self.data, start)[0]
-        return value
+        return int(_NUMBER.unpack_from(self.data, self._skip(8)[0])[0])
 
     def span(self) -> Span:
         return self._skip(self.number())

@@ -235,6 +235,7 @@ class _Loader:
                 if SEPARATOR in tool.name
                 else "give it another name",
             )
+            self.loaded.broken["tools"].add(tool.name)
             return
         if other is not None and not (other[0].shipped and tool.replaces == "shipped"):
             hint = "give it another name"

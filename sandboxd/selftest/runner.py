@@ -25,7 +25,7 @@ import psutil
 
 from sandboxd.admin.client import AdminClient
 from sandboxd.errors import KernelError, Unavailable
-from sandboxd.selftest.baits import Baits, open_baits
+from sandboxd.selftest.baits import Baits, open_baits, open_bystander
 from sandboxd.selftest.judge import OUTSIDE, Result, judge, places_of
 from sandboxd.selftest.prober.catalogue import PROBES
 from sandboxd.selftest.prober.probe import (
@@ -61,6 +61,7 @@ def run(stage: Stage, threats: Sequence[str] = ()) -> Result:
     with ExitStack() as undo:
         baits = undo.enter_context(open_baits(stage.top))
         stage.start()
+        undo.enter_context(open_bystander(baits))
         client = undo.enter_context(AdminClient.connect(stage.paths))
         value = base64.b64encode(stage.secret.reveal()).decode()
         client.call("env.set", agent=SLUG, values={VARIABLE: value}, now=False)

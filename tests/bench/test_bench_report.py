@@ -105,6 +105,14 @@ def test_tables_name_what_is_absent_and_what_is_invalid(result: dict[str, Any]) 
     assert "INVALID" in plot.svg(result)
 
 
+def test_a_busy_machine_is_told(result: dict[str, Any]) -> None:
+    words = "did other work meanwhile"
+    assert words not in report.markdown(result) + report.text(result)
+    result["machine"]["load"] = [1.6, 1.0, 1.0]  # of 2 processors
+    assert words in report.markdown(result)
+    assert words in report.text(result)
+
+
 def test_the_drawing_is_well_formed_and_names_everything(result: dict[str, Any]) -> None:
     result["parts"]["launch"]["variants"][0]["name"] = "<&>"
     drawing = ElementTree.fromstring(plot.svg(result))

@@ -148,10 +148,12 @@ def test_the_daemon_says_which_variables_a_call_would_lack(daemon: Ctl) -> None:
     got = daemon.json("policy", "explain", *call)
     by_name = {item["variable"]: item for item in got["inject"]}
     assert by_name["HTTP_REQUEST_TOKEN"]["version"] is None
+    assert [by_name[f"HTTP_REQUEST_{n}"]["redact"] for n in ("TOKEN", "HOSTS")] == [True, False]
     assert got["isolation"]
     said = daemon("policy", "explain", *call).stdout
     assert "so the call is denied; sandboxctl env set sh HTTP_REQUEST_TOKEN" in said
     assert "network    host (tools/http_request/tool.yaml:" in said
+    assert "HTTP_REQUEST_HOSTS as HTTP_REQUEST_HOSTS (env, shown in output" in said
 
 
 def test_a_diff_tells_what_a_reload_would_change(daemon: Ctl, extra: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_server_is_accepted_called_shown_and_taken_back(served: RealDaemon) ->
     assert served.call("tools.pins")["servers"][0]["state"] == "not accepted"
     done = served.ctl("tools", "accept", "kit", "--digest", digest)
     assert done.returncode == 0, done.stderr
-    assert "accepted 16 tools of kit" in done.stdout
+    assert "accepted 17 tools of kit" in done.stdout
     assert served.call("tools.pins")["servers"][0]["state"] == "accepted"
 
     calls = [["kit__add", {"a": 1, "b": 2}], ["kit__tell", {}], ["kit__echo", {"word": 7}]]

@@ -53,6 +53,7 @@ TOOLS = [
     tool("die", "ends in the middle of a call"),
     tool("change", "changes the tools"),
     tool("environment", "the names of its environment, and its uid"),
+    tool("arguments", "whether its token is in its arguments, and in its process's command line"),
     tool("stray", "says things that are no messages, then answers"),
 ]
 
@@ -157,6 +158,10 @@ def call(id, name, arguments, meta):
     elif name == "environment":
         open_now = sorted(os.listdir("/proc/self/fd"))
         result = text(json.dumps([sorted(os.environ), os.getuid(), open_now]))
+    elif name == "arguments":
+        with open("/proc/self/cmdline", "rb") as line:
+            shown = TOKEN.encode() in line.read()
+        result = text(json.dumps([sys.argv[1:] == ["--token=" + TOKEN, "{x}"], shown]))
     elif name == "stray":
         raw('Starting server...\n\n{"jsonrpc": "2.0", "id": 1, "id": 2}\n[]\n')
         say(id=424242, result={})

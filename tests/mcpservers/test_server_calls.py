@@ -108,6 +108,12 @@ async def test_the_sandbox_of_a_server_is_that_of_a_tool(servers: Servers) -> No
     assert len(descriptors) == 4  # 0 to 2, and the one that lists them
 
 
+async def test_a_secret_among_the_arguments_is_on_no_command_line(servers: Servers) -> None:
+    await accepted(servers, argv=["--token={TOKEN}", "{{x}}"])
+    among_arguments, on_command_line = json.loads(text_of(await servers.call("arguments")))
+    assert (among_arguments, on_command_line) == (True, False)
+
+
 async def test_a_server_gets_none_of_what_it_asks_for(servers: Servers) -> None:
     await accepted(servers)
     answers = json.loads(text_of(await servers.call("ask")))

@@ -26,7 +26,7 @@ async def test_a_server_has_no_tools_before_they_are_accepted(servers: Servers) 
     await servers.accept()
     names = [tool.name for tool in servers.broker.calls.tools(servers.session())]
     assert "kit__echo" in names
-    assert len(names) == 16
+    assert len(names) == 17
     assert (await servers.call("echo", {"word": "now"})).outcome == "ok"
 
 

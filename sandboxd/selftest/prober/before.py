@@ -110,11 +110,19 @@ def _stranger() -> str:
         pid, seen = int(name), set()
         while pid > 1 and pid != os.getppid() and pid not in seen:
             seen.add(pid)
-            with open(f"/proc/{pid}/stat") as file:
-                pid = int(file.read().rpartition(")")[2].split()[1])
+            pid = _parent(pid)
         if pid == 1 and int(name) not in (1, os.getppid()) and seen:
             return "ok"
     return "nothing"
+
+
+def _parent(pid: int) -> int:
+    """0 when it has just ended: then it was no process that stays."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _weaken() -> None:
