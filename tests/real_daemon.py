@@ -97,7 +97,7 @@ class RealDaemon:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
             )
-        for _ in range(600):
+        for _ in range(3000):  # two minutes and more, for an emulated host
             if self.process.poll() is not None:
                 break
             try:

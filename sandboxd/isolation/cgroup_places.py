@@ -28,7 +28,7 @@ __all__ = ["NEEDED", "Place", "find_places"]
 NEEDED = ("memory", "pids", "cpu")
 
 _WANTED = (*NEEDED, "io")
-_V1_WANTED = (*NEEDED, "cpuacct")
+_V1_WANTED = (*NEEDED, "cpuacct", "blkio")
 _PREFIX = "sandboxd-"
 _LEAF = "supervisor"
 _DELEGATED = ("user.delegate", "trusted.delegate")  # systemd's marks, for users and for root
@@ -177,10 +177,12 @@ def _vacate(own: str) -> None:
     for _ in range(100):  # as long as they fork
         pids = _processes(own)
         if not pids:
-            # Among busy sandboxes the daemon gets its turn.
-            with contextlib.suppress(KernelError):
-                _enable(own, ("cpu",))
-                _write(f"{leaf}/cpu.weight", b"1000")
+            # Among busy sandboxes the daemon gets its turn, with processors and with disks, which
+            # sandboxes share evenly (io.weight takes effect with BFQ or blk-iocost).
+            _enable(own, ("cpu", "io"))
+            for file in ("cpu.weight", "io.weight"):
+                with contextlib.suppress(KernelError):
+                    _write(f"{leaf}/{file}", b"1000")
             return
         for pid in pids:
             try:

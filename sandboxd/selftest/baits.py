@@ -22,7 +22,7 @@ import psutil
 from sandboxd.trial import reach
 from sandboxd.trial.hunt import decoy
 
-__all__ = ["Baits", "open_baits"]
+__all__ = ["Baits", "open_baits", "open_bystander"]
 
 _CREATE = 0o1000 | 0o2000 | 0o666  # IPC_CREAT, IPC_EXCL, and open to everybody
 _libc: Any = ctypes.CDLL(None, use_errno=True)
@@ -55,11 +55,20 @@ def open_baits(top: Path) -> Iterator[Baits]:
         with suppress(OSError):  # containers often refuse keys to everybody
             reach.new_session_keyring()
             baits.key = reach.add_key(b"sandboxd-selftest-bait", decoy())
-        bystander = subprocess.Popen(["/bin/sleep", "600"], stdin=subprocess.DEVNULL)
-        undo.callback(bystander.wait)
-        undo.callback(bystander.kill)
-        baits.bystander = bystander.pid
         yield baits
+
+
+@contextmanager
+def open_bystander(baits: Baits) -> Iterator[None]:
+    """An ordinary process of the host. To be started after the daemon: one that finds itself alone
+    with its parents in a cgroup may take it for its own (docs/systemd.md)."""
+    bystander = subprocess.Popen(["/bin/sleep", "3600"], stdin=subprocess.DEVNULL)
+    try:
+        baits.bystander = bystander.pid
+        yield
+    finally:
+        bystander.kill()
+        bystander.wait()
 
 
 def _sockets(baits: Baits, undo: ExitStack, top: Path) -> None:

@@ -25,7 +25,7 @@ import psutil
 
 from sandboxd.admin.client import AdminClient
 from sandboxd.errors import KernelError, Unavailable
-from sandboxd.selftest.baits import Baits, open_baits
+from sandboxd.selftest.baits import Baits, open_baits, open_bystander
 from sandboxd.selftest.judge import OUTSIDE, Result, judge, places_of
 from sandboxd.selftest.prober.catalogue import PROBES
 from sandboxd.selftest.prober.probe import (
@@ -40,7 +40,7 @@ from sandboxd.selftest.prober.probe import (
     word_for,
 )
 from sandboxd.selftest.stage import AGENT as SLUG
-from sandboxd.selftest.stage import MEMORY, PROCESSES, PROCESSORS, TMP_SIZE, VARIABLE, Stage
+from sandboxd.selftest.stage import IO, MEMORY, PROCESSES, PROCESSORS, TMP_SIZE, VARIABLE, Stage
 
 __all__ = ["THREATS", "probes_for", "run"]
 
@@ -61,6 +61,7 @@ def run(stage: Stage, threats: Sequence[str] = ()) -> Result:
     with ExitStack() as undo:
         baits = undo.enter_context(open_baits(stage.top))
         stage.start()
+        undo.enter_context(open_bystander(baits))
         client = undo.enter_context(AdminClient.connect(stage.paths))
         value = base64.b64encode(stage.secret.reveal()).decode()
         client.call("env.set", agent=SLUG, values={VARIABLE: value}, now=False)
@@ -260,6 +261,7 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
             "namespaces": {kind: _namespaces(kind, others) for kind in _KINDS},
             "memory": MEMORY,
             "processors": PROCESSORS,
+            "io": IO,
             "marker": seen.marker,
             "threats": seen.threats,
         }

@@ -37,6 +37,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
                 running.run("systemctl", "is-system-running", "--wait")
                 running.run("sh", "-c", "/opt/sandboxd/bin/pip install -q --no-index --no-deps "
                             f"{vm_image.CARRIED}/dist/sandboxd-*.whl")  # fmt: skip
+                running.run("python3", "-m", "compileall", "-q", vm_image.CARRIED, timeout=300)
                 running.run("loginctl", "enable-linger", "alice")
                 yield running
         finally:

@@ -23,7 +23,7 @@ _DELEGATED = (
     "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemd-run -q --user --scope -p Delegate=yes "
 )
 #: A selftest of a daemon whose sandboxes share the host's network and IPC.
-HOLES = """
+HOLES = r"""
 import argparse, sys
 from sandboxd import selftest
 from sandboxd.trial import stage

@@ -47,7 +47,7 @@ class Machine:
         """Wait until it takes commands; TimeoutError."""
         self._waiting[0].result(timeout)
 
-    def begin(self, *argv: str, user: str = "", stdin: str = "", timeout: float = 120) -> Begun:
+    def begin(self, *argv: str, user: str = "", stdin: str = "", timeout: float = 600) -> Begun:
         """Start a command. ``timeout`` is the machine's own limit for it, in seconds."""
         with self._lock:
             number = max(self._waiting) + 1
