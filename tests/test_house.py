@@ -125,6 +125,7 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
             for name in (
                 "cgroup",
                 "cgroup_places",
+                "cgroup_state",
                 "clocks",
                 "kernel",
                 "landlock",

@@ -278,8 +278,17 @@ def _cgroups(probe: _Probe) -> Check:
     name = "cgroups"
     state = CgroupState.unpack(probe.detail) if probe.ok else CgroupState(lacking=probe.why)
     has = f"{state.version}: {' '.join(sorted(state.controllers))}" if state.version else "none"
-    if state.complete:
+    if state.complete and state.io:
         return Check(name, "ok", has)
+    if state.complete:
+        return Check(
+            name,
+            "degraded",
+            has,
+            "limits of disk traffic (`io`) limit nothing",
+            "a cgroup with the io controller: run it as a service with Delegate=yes, or start it "
+            "where cgroup.subtree_control of the cgroup above has io",
+        )
     absent = [name for name in ("memory", "pids", "cpu") if name not in state.controllers]
     fix = "run it as a service with Delegate=yes (sandboxctl install), on a host with cgroup v2"
     if os.geteuid() != 0:

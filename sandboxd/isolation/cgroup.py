@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,16 +37,20 @@ __all__ = ["Cgroup", "Cgroups", "Share", "Usage", "set_up"]
 #: first, as an allocation that fails, and not the end of the whole group.
 OVERHEAD = 16 << 20
 
+#: In memory, or passing everything on to a disk below.
+_NO_DISKS = ("loop", "ram", "zram", "dm-", "md", "nbd", "sr", "fd")
 _PERIOD = 100_000  # of CPU bandwidth, in microseconds: the kernel's default
 
 
 @dataclass(frozen=True)
 class Share:
-    """Limits of one sandbox; 0 is none. ``millicpus``: thousandths of one CPU."""
+    """Limits of one sandbox; 0 is none. ``millicpus``: thousandths of one CPU; ``io``: bytes a
+    second of reading, and of writing, for each disk."""
 
     memory: int = 0
     processes: int = 0
     millicpus: int = 0
+    io: int = 0
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,27 @@ def _settings(place: Place, share: Share) -> Iterator[tuple[str, bytes]]:
             yield "cpu.cfs_quota_us", b"%d" % quota
     if "pids" in place.controllers and share.processes:
         yield "pids.max", b"%d" % share.processes
+    if share.io and "io" in place.controllers:
+        for disk in _disks():
+            yield "io.max", b"%s rbps=%d wbps=%d" % (disk, share.io, share.io)
+    if share.io and "blkio" in place.controllers:
+        for disk in _disks():
+            yield "blkio.throttle.read_bps_device", b"%s %d" % (disk, share.io)
+            yield "blkio.throttle.write_bps_device", b"%s %d" % (disk, share.io)
+
+
+@functools.cache
+def _disks() -> tuple[bytes, ...]:
+    """The host's disks as MAJOR:MINOR, as they are at the first launch that asks for it.
+
+    Whole ones, for limits don't go to partitions; loops and the like pass on to these.
+    """
+    found = []
+    for name in sorted(os.listdir("/sys/block")) if os.path.isdir("/sys/block") else ():
+        if not name.startswith(_NO_DISKS):
+            with contextlib.suppress(OSError), open(f"/sys/block/{name}/dev", "rb") as numbers:
+                found.append(numbers.read().strip())
+    return tuple(found)
 
 
 def _oom_event(place: Place, name: str) -> int:

@@ -28,7 +28,7 @@ __all__ = ["NEEDED", "Place", "find_places"]
 NEEDED = ("memory", "pids", "cpu")
 
 _WANTED = (*NEEDED, "io")
-_V1_WANTED = (*NEEDED, "cpuacct")
+_V1_WANTED = (*NEEDED, "cpuacct", "blkio")
 _PREFIX = "sandboxd-"
 _LEAF = "supervisor"
 _DELEGATED = ("user.delegate", "trusted.delegate")  # systemd's marks, for users and for root

@@ -153,7 +153,10 @@ class Launcher:
                 process = self._new_process(spec)
                 try:
                     await self.send(
-                        Frame(Kind.LAUNCH, process._number, len(fds), *_share(spec)), *fds
+                        Frame(
+                            Kind.LAUNCH, process._number, len(fds), *_share(spec), text=_io(spec)
+                        ),
+                        *fds,
                     )
                 except BaseException:
                     self._finish(process)
@@ -193,7 +196,9 @@ class Launcher:
         template = self._pool.add(self._numbers, key)
         async with self._starting:
             try:
-                await self.send(Frame(Kind.TEMPLATE, template.number, 0, *_share(spec)))
+                await self.send(
+                    Frame(Kind.TEMPLATE, template.number, 0, *_share(spec), text=_io(spec))
+                )
                 with trio.fail_after(_STARTING_LIMIT):
                     await template.ready.wait()
             except BaseException as failure:
@@ -358,3 +363,7 @@ async def open_launcher(sock: socket.socket) -> AsyncIterator[Launcher]:
 def _share(spec: LaunchSpec) -> tuple[int, int, int]:
     limits = spec.limits
     return limits.memory, limits.processes, limits.millicpus
+
+
+def _io(spec: LaunchSpec) -> str:
+    return str(spec.limits.io) if spec.limits.io else ""

@@ -249,10 +249,10 @@ class _Launcher:
             elif frame.a != len(fds) or len(fds) < 4:
                 self._fail(frame.number, KernelError("recvmsg", errno.EBADMSG, "launch frame"))
             else:
-                self._launch(frame.number, fds, Share(frame.b, frame.c, frame.d))
+                self._launch(frame.number, fds, _share(frame))
         elif frame.kind is Kind.TEMPLATE:
             if frame.number and frame.number not in self.sandboxes:
-                self._launch(frame.number, [], Share(frame.b, frame.c, frame.d))
+                self._launch(frame.number, [], _share(frame))
         elif frame.kind is Kind.SIGNAL:
             self._signal(frame.number, frame.a)
         elif frame.kind is Kind.KILL:
@@ -401,6 +401,11 @@ class _Launcher:
             self.sock.sendmsg([frame.pack()], ancillary)
         except ConnectionError:
             self.serving = False
+
+
+def _share(frame: Frame) -> Share:
+    """ValueError where the text is no number."""
+    return Share(frame.b, frame.c, frame.d, int(frame.text or 0))
 
 
 #: SIGSTOP would stop the sandbox's init, and with it the news of the program's end.

@@ -21,10 +21,11 @@ import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
+from sandboxd.isolation.cgroup_state import CgroupState
 
 __all__ = [
     "FRAME",
@@ -77,7 +78,7 @@ class Kind(enum.IntEnum):
     """Frame kinds. Requests are below 16, reports from 16 on."""
 
     #: Operands: number of descriptors; of the cgroup: bytes, processes, millicpus. To a template:
-    #: 1 where the first descriptor is a memfd, 0 where the spec follows.
+    #: 1 where the first descriptor is a memfd, 0 where the spec follows. Text: bytes a second.
     LAUNCH = 1
     SIGNAL = 2  # operands: signal number, for the program
     KILL = 3  # the whole tree, at once
@@ -131,9 +132,7 @@ class MountSpec:
     privileges both are the same user anyway).
 
     ``shared``: ``source`` is a path of the mount namespace that the launch brings along as its
-    last descriptor, made by a launch with an :class:`OverlaySpec`.
-
-    ``pin``: what the source must be.
+    last descriptor, made by a launch with an :class:`OverlaySpec`. ``pin``: what it must be.
     """
 
     source: str
@@ -187,28 +186,7 @@ class Limits:
     cpu_seconds: int = 0
     tmp_size: int = 64 << 20
     millicpus: int = 0
-
-
-@dataclass(frozen=True)
-class CgroupState:
-    """What cgroups the launcher has: ``v1``, ``v2``, both or "", what they control, what lacks."""
-
-    version: str = ""
-    controllers: frozenset[str] = frozenset()
-    lacking: str = ""
-
-    @property
-    def complete(self) -> bool:
-        """Whether memory, processes and CPU of a whole sandbox are limited."""
-        return {"memory", "pids", "cpu"} <= self.controllers
-
-    def pack(self) -> str:
-        return "\t".join((self.version, ",".join(sorted(self.controllers)), self.lacking))
-
-    @classmethod
-    def unpack(cls, text: str) -> CgroupState:
-        version, names, lacking = (text + "\t\t").split("\t", 2)
-        return cls(version, frozenset(filter(None, names.split(","))), lacking.strip("\t"))
+    io: int = 0
 
 
 @dataclass(frozen=True)
@@ -217,9 +195,7 @@ class LaunchSpec:
 
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
-
-    ``program``: the file to execute, where argv doesn't begin with its path. ``pin``: what that
-    must be.
+    ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
     """
 
     id: str
@@ -302,10 +278,9 @@ def encode_spec(spec: LaunchSpec, lasting: bytes | None = None) -> bytes:
     """
     if lasting is None:
         lasting = lasting_part(spec)
-    name = os.fsencode(spec.id)
-    counts = len(spec.argv), len(spec.env), len(spec.files)
+    name, counts = os.fsencode(spec.id), (len(spec.argv), len(spec.env), len(spec.files))
     at = _HEAD.size + len(lasting) + len(name) + 8 * (2 * counts[0] + 3 * counts[1] + 2 * counts[2])
-    places: list[int] = []
+    places: list[int] = []  # where each part stands
     parts: list[bytes] = []
     for argument in spec.argv:
         end = at + len(argument)
@@ -419,13 +394,12 @@ def locate(data: bytes | memoryview) -> Located:
     if size < _HEAD.size:
         raise ValueError("the launch spec is cut short")
     total, lasting, name, argc, envc, filec = _HEAD.unpack_from(data)
-    if size != total:
-        found = "is cut short" if size < total else "has bytes left over"
-        raise ValueError(f"the launch spec {found}")
     count = 2 * argc + 3 * envc + 2 * filec
     begin = _HEAD.size + lasting + name
-    if begin + 8 * count > size:
+    if size < total or begin + 8 * count > size:
         raise ValueError("the launch spec is cut short")
+    if size > total:
+        raise ValueError("bytes are left over after the launch spec")
     table = struct.unpack_from(f"!{count}Q", data, begin)
     argv = list(zip(table[0 : 2 * argc : 2], table[1 : 2 * argc : 2], strict=True))
     rest = table[2 * argc :]
@@ -454,15 +428,7 @@ def sealed_memfd(data: bytes) -> int:
     return fd
 
 
-_LIMIT_FIELDS = (
-    "memory",
-    "processes",
-    "open_files",
-    "file_size",
-    "cpu_seconds",
-    "tmp_size",
-    "millicpus",
-)
+_LIMIT_FIELDS = tuple(limit.name for limit in fields(Limits))  # in declaration order
 
 
 def _put_mount(out: _Writer, mount: MountSpec) -> None:
@@ -501,9 +467,7 @@ class _Reader:
         self.data, self.at = data, 0
 
     def number(self) -> int:
-        start, _ = self._skip(8)
-        value: int = _NUMBER.unpack_from(self.data, start)[0]
-        return value
+        return int(_NUMBER.unpack_from(self.data, self._skip(8)[0])[0])
 
     def span(self) -> Span:
         return self._skip(self.number())

@@ -82,6 +82,7 @@ Feature = Literal[
     "landlock",
     "seccomp",
     "cgroup",
+    "cgroup_io",
 ]
 
 
@@ -99,7 +100,7 @@ class Limits:
 
     ``memory``, ``processes`` and ``cpus`` hold for all its processes together where the host has
     cgroups; ``cpu`` is processor time that one process may use up, ``cpus`` what all of them get
-    at a time.
+    at a time. ``io`` is bytes a second, for each disk and direction.
     """
 
     memory: Size | None = None
@@ -109,6 +110,7 @@ class Limits:
     file_size: Size | None = None
     tmp_size: Size | None = None
     cpus: Processors | None = None
+    io: Size | None = None
 
     def narrowed(self, other: Limits) -> Limits:
         """The smaller of the two, field by field."""

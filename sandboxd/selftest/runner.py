@@ -40,7 +40,7 @@ from sandboxd.selftest.prober.probe import (
     word_for,
 )
 from sandboxd.selftest.stage import AGENT as SLUG
-from sandboxd.selftest.stage import MEMORY, PROCESSES, PROCESSORS, TMP_SIZE, VARIABLE, Stage
+from sandboxd.selftest.stage import IO, MEMORY, PROCESSES, PROCESSORS, TMP_SIZE, VARIABLE, Stage
 
 __all__ = ["THREATS", "probes_for", "run"]
 
@@ -261,6 +261,7 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
             "namespaces": {kind: _namespaces(kind, others) for kind in _KINDS},
             "memory": MEMORY,
             "processors": PROCESSORS,
+            "io": IO,
             "marker": seen.marker,
             "threats": seen.threats,
         }

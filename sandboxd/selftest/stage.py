@@ -17,13 +17,14 @@ from sandboxd.trial import stage
 from sandboxd.trial.archive import pack
 from sandboxd.trial.hunt import decoy
 
-__all__ = ["AGENT", "MEMORY", "PROCESSES", "PROCESSORS", "TMP_SIZE", "VARIABLE", "Stage"]
+__all__ = ["AGENT", "IO", "MEMORY", "PROCESSES", "PROCESSORS", "TMP_SIZE", "VARIABLE", "Stage"]
 
 AGENT = "selftest"
 VARIABLE = "CANARY"
 TMP_SIZE = 8 << 20
 PROCESSES = 64
 PROCESSORS = 4
+IO = 1 << 30
 MEMORY = 1 << 30
 
 _ARCHIVE = "/opt/selftest/prober.pyz"
@@ -118,6 +119,7 @@ mounts:
   processes: {PROCESSES}
   cpu: 10m
   cpus: {PROCESSORS}
+  io: {IO >> 20}M
   files: 256
   file_size: 64M
   tmp_size: {TMP_SIZE >> 20}M

@@ -31,6 +31,7 @@ def provided(network: str, launcher: Launcher) -> frozenset[str]:
         "landlock": launcher.landlock > 0,
         "seccomp": launcher.seccomp,
         "cgroup": launcher.cgroup.complete,
+        "cgroup_io": launcher.cgroup.io,
     }
     return _ALWAYS | {feature for feature, there in depends.items() if there}
 
@@ -74,6 +75,9 @@ def _layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
         _on("session keyring", "a new, empty one"),
         _on("resource limits", "per process; no core dumps"),
         _cgroup(launcher.cgroup),
+        _on("cgroup io", "reading from and writing to disks, where `io` limits them")
+        if launcher.cgroup.io
+        else _layer("cgroup io", "missing", "no such controller here: `io` limits nothing"),
     ]
 
 

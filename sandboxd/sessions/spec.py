@@ -123,5 +123,6 @@ def launch_limits(limits: PolicyLimits) -> Limits:
         "cpu_seconds": None if limits.cpu is None else max(1, round(limits.cpu)),
         "tmp_size": limits.tmp_size,
         "millicpus": None if limits.cpus is None else round(limits.cpus * 1000),
+        "io": limits.io,
     }
     return Limits(**{name: int(value) for name, value in given.items() if value is not None})

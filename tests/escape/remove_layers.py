@@ -2,7 +2,8 @@
 
     python tests/escape/remove_layers.py                  # all layers: some minutes
     python tests/escape/remove_layers.py --only Landlock  # those whose names contain this word
-    python tests/escape/remove_layers.py --write          # and write docs/security-model.md
+    python tests/escape/remove_layers.py --write          # and write docs/security-model.md; with
+                                                          # --only, the rows of those layers
 
 A layer that nobody would miss isn't one. So for each of ``layers.LAYERS`` the selftest of a copy
 without it must fail where that of the same copy with it does not. Exits with 1 if nothing fails
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from layers import LAYERS, Change, Layer
 
-__all__ = ["DOCUMENT", "Removal", "applied", "main", "problems", "remove", "table", "table_in"]
+__all__ = ["DOCUMENT", "Removal", "applied", "main", "problems", "remove", "table_in", "title"]
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENT = PROJECT / "docs" / "security-model.md"
@@ -68,10 +69,8 @@ def main() -> int:
         noticed = f"{len(removal.noticed)}: {'; '.join(removal.noticed[:3])}"
         print(f"{layer.name}: {noticed if removal.proved else 'NOTHING ' + removal.broke}")
         sys.stdout.flush()
-    if args.write and not args.only:
-        text = DOCUMENT.read_text()
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        DOCUMENT.write_text(f"{text[:begin]}\n\n{table(removals)}\n{text[end:]}")
+    if args.write:
+        write(removals)
     unproved = [removal.layer.name for removal in removals if not removal.proved]
     for name in unproved:
         print(f"nothing misses {name}", file=sys.stderr)
@@ -143,24 +142,39 @@ def problems(layer: Layer, project: Path = PROJECT) -> list[str]:
     return found
 
 
-def table(removals: Sequence[Removal]) -> str:
-    """The rows as Markdown."""
+def write(removals: Iterable[Removal], document: Path = DOCUMENT) -> None:
+    """Put rows into the document: these, and for other layers those that it has."""
+    text = document.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    rows = {cells[0]: cells for cells in table_in(text)}
+    rows |= {cells[0]: cells for cells in map(cells_of, removals)}
     lines = ["| layer | source | what fails when it is gone |", "|---|---|---|"]
-    for removal in removals:
-        named = "; ".join(removal.noticed[:_NAMED])
-        more = len(removal.noticed) - _NAMED
-        named += f"; {more} more" if more > 0 else ""
-        behind = f" (behind {', '.join(removal.layer.behind)})" if removal.layer.behind else ""
-        cells = (removal.layer.name + behind, removal.layer.source, named)
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    known = (rows.get(title(layer)) for layer in LAYERS)
+    lines += ["| " + " | ".join(cells) + " |" for cells in known if cells]
+    document.write_text(f"{text[:begin]}\n\n" + "\n".join(lines) + f"\n\n{text[end:]}")
+
+
+def cells_of(removal: Removal) -> list[str]:
+    """One row of the table."""
+    named = "; ".join(removal.noticed[:_NAMED]) or "nothing"
+    more = len(removal.noticed) - _NAMED
+    return [
+        title(removal.layer),
+        removal.layer.source,
+        named + (f"; {more} more" if more > 0 else ""),
+    ]
+
+
+def title(layer: Layer) -> str:
+    """What the table calls a layer; it tells what must be gone before it is seen."""
+    return layer.name + (f" (behind: {', '.join(layer.behind)})" if layer.behind else "")
 
 
 def table_in(text: str) -> list[list[str]]:
     """The cells of the rows that a document has between the marks."""
     inside = text[text.index(BEGIN) : text.index(END)]
     rows = [line for line in inside.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows[1:]]
+    return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows[1:]]
 
 
 def _chosen(layer: Layer, words: Sequence[str]) -> bool:

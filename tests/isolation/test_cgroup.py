@@ -269,6 +269,24 @@ signal.pause()"""
     assert not await throttled(Limits())
 
 
+# ---- disks
+
+
+async def test_disk_traffic_is_limited_where_it_is_asked_for(grouped: Box) -> None:
+    if not grouped.launcher.cgroup.io:
+        pytest.skip("this host has no controller for disks")
+    controller = "io" if "io" in grouped.launcher.cgroup.controllers else "blkio"
+
+    async def limited(limits: Limits, file: str) -> bool:
+        async with grouped.start("/bin/sleep", "60", limits=limits) as running:
+            text = setting(running.process.pid, controller, "io.max", f"blkio.throttle.{file}")
+        return str(100 << 20) in text
+
+    for file in ("read_bps_device", "write_bps_device"):
+        assert await limited(Limits(io=100 << 20), file)
+        assert not await limited(Limits(), file)
+
+
 # ---- what is counted
 
 

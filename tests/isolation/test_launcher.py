@@ -183,8 +183,8 @@ print(*sys.modules)
 
 
 _PRIVILEGED = (
-    "cgroup", "cgroup_places", "clocks", "kernel", "landlock", "lasting", "launcher", "meter",
-    "overlay", "root", "sandbox", "seccomp", "spawn", "template",
+    "cgroup", "cgroup_places", "cgroup_state", "clocks", "kernel", "landlock", "lasting",
+    "launcher", "meter", "overlay", "root", "sandbox", "seccomp", "spawn", "template",
 )  # fmt: skip
 
 

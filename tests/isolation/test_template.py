@@ -222,7 +222,9 @@ tell(done=attempt(lambda: {change}))""")
 
 
 async def test_signals_that_a_call_sends_its_init_do_not_reach_the_next(ready: Box) -> None:
-    first = await pid_of(ready, "/bin/sh", "-c", "trap '' TERM USR1; kill -TERM 1; kill -USR1 1")
+    first = await pid_of(
+        ready, "/bin/sh", "-c", "trap '' TERM USR1; kill -TERM 1; kill -USR1 1; kill -34 1"
+    )
     async with ready.start("/bin/sh", "-c", "echo ready; read line; exit 5", stdin=True) as later:
         await later.ready()
         assert later.process.pid == first

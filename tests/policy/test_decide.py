@@ -260,7 +260,7 @@ def test_limits_only_narrow(config: Any) -> None:
     )
     assert decision.tool.timeout == 10.0
     assert decision.tool.limits == decision.limits
-    assert [k for k, v in attrs.asdict(decision.limits).items() if v is None] == ["cpus"]
+    assert [k for k, v in attrs.asdict(decision.limits).items() if v is None] == ["cpus", "io"]
 
 
 def test_a_session_gets_the_agents_terms_under_its_policy(config: Any) -> None:

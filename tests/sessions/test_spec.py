@@ -28,10 +28,10 @@ def test_the_bridge_starts_whatever_this_pythons_path_is(tmp_path: Path, name: s
 
 def test_every_limit_of_a_policy_reaches_the_launcher() -> None:
     given = PolicyLimits(
-        memory=1 << 20, processes=2, files=3, cpu=0.4, file_size=5, tmp_size=6, cpus=0.5
+        memory=1 << 20, processes=2, files=3, cpu=0.4, file_size=5, tmp_size=6, cpus=0.5, io=7
     )
     limits = launch_limits(given)
     assert (limits.memory, limits.processes, limits.open_files) == (1 << 20, 2, 3)
     assert (limits.cpu_seconds, limits.file_size, limits.tmp_size) == (1, 5, 6)
-    assert limits.millicpus == 500
+    assert (limits.millicpus, limits.io) == (500, 7)
     assert launch_limits(AGENT_LIMITS).cpu_seconds == 0  # an agent runs as long as it must

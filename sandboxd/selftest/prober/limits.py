@@ -130,6 +130,8 @@ add("write a file of 1 GiB", _THREAT, _file_size(1 << 30), "EFBIG", inside=_file
 def _limit(kind: int) -> Callable[[Plan], str]:
     def attack(plan: Plan) -> str:
         _, hard = resource.getrlimit(kind)
+        if kind == resource.RLIMIT_NPROC:  # a host has one of its own
+            return "ok" if not 0 <= hard <= plan.processes else "limited"
         return "ok" if hard == resource.RLIM_INFINITY else "limited"
 
     return attack

@@ -129,6 +129,15 @@ for _words, _controller, _new, _old, _right in (
         observed=True, says="an ordinary process has no such limit")  # fmt: skip
 
 
+def _disks(plan: Plan) -> tuple[str, str]:
+    value = _setting(plan.target, "blkio", "io.max", "blkio.throttle.write_bps_device")
+    return ("limited" if str(plan.io) in value else "ok"), value[:100]
+
+
+add("whole sandbox: no limit of disk traffic", _THREAT, _disks, "limited", needs="cgroup io",
+    outside=HOST, observed=True, says="an ordinary process has no such limit")  # fmt: skip
+
+
 def _swap(plan: Plan) -> tuple[str, str]:
     """Off, or (v1) counted together with memory, or never used."""
     swap = _setting(plan.target, "memory", "memory.swap.max", "memory.memsw.limit_in_bytes")

@@ -59,9 +59,10 @@ class Plan:
     booted: float = 0.0
     #: By kind, those of the host and of another session, as links of /proc name them.
     namespaces: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Of a whole sandbox: bytes, and processors.
+    #: Of a whole sandbox: bytes, processors, and bytes a second.
     memory: int = 0
     processors: int = 0
+    io: int = 0
     #: The process that is looked at, for what only the host can see; and, where that is the init
     #: of a sandbox, its program.
     target: int = 0
