@@ -39,6 +39,8 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
                             f"{vm_image.CARRIED}/dist/sandboxd-*.whl")  # fmt: skip
                 running.run("python3", "-m", "compileall", "-q", vm_image.CARRIED, timeout=300)
                 running.run("loginctl", "enable-linger", "alice")
+                manager = f"user@{running.out('id', '-u', 'alice')}.service"
+                running.run("systemctl", "start", manager)  # there when that returns
                 yield running
         finally:
             if request.session.testsfailed:
