@@ -34,7 +34,8 @@ from sandboxd.isolation.wire import FRAME, Frame, Kind, LaunchSpec, encode_spec,
 
 __all__ = ["run_probes"]
 
-PROBE_SECONDS = 5.0
+#: A host that is slow or busy is not one that can't.
+PROBE_SECONDS = 30.0
 
 _NAMESPACES = {
     "mount": kernel.CLONE_NEWNS,
@@ -67,7 +68,7 @@ def run_probes(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     results: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return results
