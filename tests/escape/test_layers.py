@@ -80,7 +80,7 @@ def test_rows_are_written_between_the_marks_and_others_stay(tmp_path: Path) -> N
     assert (document.read_text().partition("<!-- layers")[0]) == text.partition("<!-- layers")[0]
 
 
-@pytest.mark.soak
+@pytest.mark.layers
 @pytest.mark.skipif(os.geteuid() != 0, reason="some layers are only where root runs the launcher")
 @pytest.mark.parametrize("layer", LAYERS, ids=NAMES)
 def test_something_fails_without_it(layer: Layer) -> None:
@@ -88,7 +88,7 @@ def test_something_fails_without_it(layer: Layer) -> None:
     assert removal.proved, removal.broke
 
 
-@pytest.mark.soak
+@pytest.mark.layers
 def test_a_change_that_takes_nothing_away_is_not_noticed() -> None:
     change = Change("sandboxd/isolation/sandbox.py", "INSIDE_ID = 1000\n", "INSIDE_ID = 999 + 1\n")
     harmless = Layer("nothing", "nowhere", (change,), ("facts", "users"))
