@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
 from sandboxd.admin.params import thread
+from sandboxd.admin.standing import Standing
 from sandboxd.broker.chosen import choose
 from sandboxd.errors import Denied, SandboxdError
-from sandboxd.names import new_session_id
-from sandboxd.policy import Agent, Config
+from sandboxd.policy import Agent
 from sandboxd.policy.decide import launch_terms, session_terms
 from sandboxd.policy.definitions import Definition, digest_of
 from sandboxd.policy.mcpserver import McpServer, Pin, server_of
 from sandboxd.running import Daemon
-from sandboxd.vault.vault import Snapshot
 
 __all__ = ["offered_by", "take_named"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Standing:
-    """Somebody in an agent's place, for as long as a server is asked what it offers."""
-
-    id: str
-    agent: Agent
-    config: Config
-    snapshot: Snapshot
-    workspace: Path | None
-    overlay: int = -1
-    uid: int = -1
 
 
 async def offered_by(
@@ -59,7 +43,7 @@ async def offered_by(
             hint=f"sandboxctl env set {agent.slug} {lacking}",
         )
     workspace = daemon.sessions.workspace_of(agent, session_terms(config, agent))
-    standing = _Standing(new_session_id(), agent, config, snapshot, workspace)
+    standing = Standing(agent, config, snapshot, workspace)
     await daemon.audit.append(
         "tools.inspected",
         by=by,

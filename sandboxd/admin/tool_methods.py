@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sandboxd.admin.params import known_agent, param, thread
 from sandboxd.admin.server import Caller, Method
+from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.result import printed
 from sandboxd.errors import Conflict, Invalid
-from sandboxd.names import new_session_id
-from sandboxd.policy import Agent, Config
 from sandboxd.policy.decide import session_terms
 from sandboxd.running import Daemon
-from sandboxd.vault.vault import Snapshot
 
 __all__ = ["ToolMethods"]
 
 #: Bytes of output in one item of the answer's stream.
 _PIECE = 1 << 20
-
-
-@dataclass(frozen=True)
-class _Standing:
-    """An operator in an agent's place: what one call needs of a session, for that call only."""
-
-    id: str
-    agent: Agent
-    config: Config
-    snapshot: Snapshot
-    workspace: Path | None
-    overlay: int = -1
-    uid: int = -1
 
 
 class ToolMethods:
@@ -63,7 +46,7 @@ class ToolMethods:
         try:
             result = await self._daemon.calls.call(session, tool, arguments)
         finally:
-            if isinstance(session, _Standing):
+            if isinstance(session, Standing):
                 self._daemon.calls.forget(session.id)
         stdout = result.stdout + printed(result.content or ())
         for stream, data in (("stdout", stdout), ("stderr", result.stderr)):
@@ -98,4 +81,4 @@ class ToolMethods:
             )
         snapshot = await thread(self._daemon.vault.snapshot, agent.slug)
         workspace = manager.workspace_of(agent, terms)
-        return _Standing(new_session_id(), agent, config, snapshot, workspace)
+        return Standing(agent, config, snapshot, workspace)

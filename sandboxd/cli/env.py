@@ -6,21 +6,18 @@ import argparse
 import base64
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
-from sandboxd.errors import ConfigError, Invalid, NotFound, Unavailable
+from sandboxd.cli.reading import read_input
+from sandboxd.errors import ConfigError, Invalid, Unavailable
 
 if TYPE_CHECKING:
     from sandboxd.cli.dotenv import Entry
 
 __all__ = ["add", "ask", "checked_name", "read_entries"]
-
-#: More than any value or sensible file of them: what is longer is a mistake, not read to its end.
-_MAX_INPUT = 8 << 20
 
 #: Most characters that a terminal delivers as one line (N_TTY_BUF_SIZE less its end, termios(3)).
 _TERMINAL_LINE = 4095
@@ -223,7 +220,7 @@ def read_entries(path: str, *, otherwise: str) -> list[Entry]:
     from sandboxd.cli import dotenv
 
     shown = "standard input" if path == "-" else path
-    entries, problems = dotenv.parse(_read(path, shown))
+    entries, problems = dotenv.parse(read_input(path, shown))
     if problems:
         errors = [ConfigError(f"{shown}:{p.line}: {p.message}") for p in problems]
         raise _Problems(f"{otherwise}: {output.amount(len(errors), 'mistake')}", errors)
@@ -260,7 +257,7 @@ def _values(args: argparse.Namespace) -> dict[str, bytes]:
         if len(items) != 1 or "=" in items[0]:
             raise Invalid(f"{option} takes exactly one NAME, without a value")
         name = checked_name(items[0], "the name")
-        data = _read("-" if args.stdin else args.file, "the file that --file names")
+        data = read_input("-" if args.stdin else args.file, "the file that --file names")
         return {name: _one_value(name, data, option, args.keep_newline)}
     if len(items) == 1 and "=" not in items[0]:
         return {(name := checked_name(items[0], "the name")): _checked(name, ask(name))}
@@ -336,23 +333,6 @@ def ask(name: str) -> bytes:
     if getpass.getpass("once more: ", sys.stderr) != value:
         raise Invalid("the two values differ; nothing was set")
     return os.fsencode(value)
-
-
-def _read(path: str, shown: str) -> bytes:
-    """The content of a file, or of standard input for ``-``; errors call it ``shown``."""
-    try:
-        if path == "-":
-            data = sys.stdin.buffer.read(_MAX_INPUT + 1)
-        else:
-            with Path(path).open("rb") as file:
-                data = file.read(_MAX_INPUT + 1)
-    except FileNotFoundError:
-        raise NotFound(f"{shown} does not exist") from None
-    except OSError as error:
-        raise Invalid(f"can't read {shown}: {error.strerror}") from None
-    if len(data) > _MAX_INPUT:
-        raise Invalid(f"{shown} is longer than {_MAX_INPUT:,} bytes")
-    return data
 
 
 def _send(args: argparse.Namespace, values: dict[str, bytes]) -> int:

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from sandboxd.cli import output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command
-from sandboxd.errors import ConfigError, Conflict, Invalid, NotFound, SandboxdError
+from sandboxd.cli.reading import read_input
+from sandboxd.errors import ConfigError, Conflict, Invalid, SandboxdError
 
 if TYPE_CHECKING:
     from sandboxd.admin.client import AdminClient
@@ -95,7 +95,9 @@ def import_(args: argparse.Namespace) -> int:
     from sandboxd.authoring.mcpfile import convert
 
     source = "standard input" if args.file == "-" else Path(args.file).name
-    data = _read(args.file)
+    data = read_input(
+        args.file, "standard input" if args.file == "-" else args.file, most=_MAX_FILE
+    )
     with connect(args) as daemon:
         known = daemon.call("env.list", agent=args.agent)["variables"]
         directory = Path(daemon.call("status")["config"])
@@ -135,22 +137,6 @@ class _Problems(Invalid):
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         super().__init__(f"nothing was imported: {output.amount(len(errors), 'problem')}")
         self.errors = list(errors)
-
-
-def _read(path: str) -> bytes:
-    try:
-        if path == "-":
-            data = sys.stdin.buffer.read(_MAX_FILE + 1)
-        else:
-            with Path(path).open("rb") as file:
-                data = file.read(_MAX_FILE + 1)
-    except FileNotFoundError:
-        raise NotFound(f"{path} does not exist") from None
-    except OSError as error:
-        raise Invalid(f"can't read {path}: {error.strerror}") from None
-    if len(data) > _MAX_FILE:
-        raise Invalid(f"the file is longer than {_MAX_FILE:,} bytes")
-    return data
 
 
 @contextlib.contextmanager
