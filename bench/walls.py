@@ -61,10 +61,14 @@ def own_namespaces() -> dict[str, str]:
     return {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
 
 
+#: What an ordinary user may be given no cgroup for.
+_CGROUP = ("cgroup", "cgroup io")
+
+
 def weaker(layers: Sequence[Mapping[str, str]]) -> list[str]:
     """The reported layers that are not on.
 
-    Only limits of whole trees may be missing where the host gives an ordinary user no cgroup:
+    Only limits of whole trees may be missing where the host gives an ordinary user no cgroup;
     every other layer is there on every host that figures are worth taking on.
     """
     if not layers:
@@ -72,7 +76,7 @@ def weaker(layers: Sequence[Mapping[str, str]]) -> list[str]:
     return [
         f"{row['layer']} is {row['state']}: {row['remark']}"
         for row in layers
-        if row["state"] != "on" and not (row["layer"] == "cgroup" and row["state"] == "missing")
+        if row["state"] != "on" and not (row["layer"] in _CGROUP and row["state"] == "missing")
     ]
 
 
