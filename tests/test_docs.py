@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from sandboxd.cli.parser import parse
+from sandboxd.paths import shipped
+from sandboxd.policy import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -66,3 +68,20 @@ def test_commands_are_found_in_blocks() -> None:
 def test_an_unknown_command_would_be_noticed() -> None:
     with pytest.raises(SystemExit):
         parse(["no-such-command"])
+
+
+def test_the_files_that_the_tools_page_shows_load(tmp_path: Path) -> None:
+    shown = re.findall(
+        r"^```\w+\n# ((?:tools|policies)/\S+)\n(.*?)^```",
+        (ROOT / "docs" / "tools.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert {"tools/weather/weather.py", "tools/count/tool.yaml"} <= {path for path, _ in shown}
+    for path, text in shown:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    config = load_config(
+        tmp_path, shipped_policies=shipped("policies"), shipped_tools=shipped("tools")
+    )
+    assert {"weather", "count"} <= set(config.tools)
+    assert {"careful", "reporting"} <= set(config.policies)

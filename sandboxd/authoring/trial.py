@@ -16,7 +16,7 @@ from typing import Any
 from sandboxd.admin.client import AdminClient
 from sandboxd.authoring.calling import run_tool
 from sandboxd.authoring.findings import Finding, findings
-from sandboxd.errors import SandboxdError, Unavailable
+from sandboxd.errors import Invalid, NotFound, SandboxdError
 from sandboxd.paths import shipped
 from sandboxd.policy import ConfigErrors, Tool, load_config
 from sandboxd.secret import Secret
@@ -125,8 +125,14 @@ def _configure(made: _Stage, folder: Path, workspace: Path | None) -> Tool:
         )
     except ConfigErrors as errors:
         raise _in_place(errors, made, folder) from None
+    if name in config.servers:
+        raise Invalid(
+            f"{name} is an MCP server: what its tools are, an operator accepts first",
+            hint=f"sandboxctl tools accept {name}; then call one of its tools: "
+            f"sandboxctl tools run {name}__TOOL --agent AGENT",
+        )
     if name not in config.tools:
-        raise Unavailable(f"{folder} holds no tool")
+        raise NotFound(f"{folder} holds no tool")
     return config.tools[name]
 
 

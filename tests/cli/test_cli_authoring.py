@@ -113,6 +113,17 @@ def test_mistakes_are_told_of_the_author_s_own_file(alone: Ctl, tmp_path: Path) 
     assert "there is no such tool" in alone("tools", "test", "nothing", status=3).stderr
 
 
+def test_a_server_is_told_from_a_tool(alone: Ctl, tmp_path: Path) -> None:
+    folder = tmp_path / "config" / "tools" / "files"
+    folder.mkdir(parents=True)
+    (folder / "tool.yaml").write_text(
+        "version: 1\nkind: mcp\nname: files\ndescription: a server\nprogram: /bin/cat\n"
+    )
+    got = alone("tools", "test", "files", status=2)
+    assert "files is an MCP server" in got.stderr
+    assert "sandboxctl tools accept files" in got.stderr
+
+
 def test_a_shipped_tool_can_be_tried(alone: Ctl) -> None:
     arguments = json.dumps({"command": "echo $((6 * 7))"})
     got = alone("tools", "test", "shell", "--args", arguments)
