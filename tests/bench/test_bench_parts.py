@@ -31,6 +31,7 @@ def names(part: dict[str, Any]) -> set[str]:
     return {each["name"] for each in part["variants"]} | set(part.get("absent", ()))
 
 
+@pytest.mark.soak
 def test_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = measure(tmp_path, "launch")["parts"]["launch"]
     assert names(part) == {"posix_spawn", "sandboxd"}
@@ -39,12 +40,14 @@ def test_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "launch only, full isolation, beside `posix_spawn`" in capsys.readouterr().out
 
 
+@pytest.mark.soak
 def test_whole_calls(tmp_path: Path) -> None:
     part = measure(tmp_path, "calls")["parts"]["calls"]
     assert names(part) == {calls.OURS, calls.PLAIN, calls.BWRAP}
     assert set(part["absent"]) == (set() if shutil.which("bwrap") else {calls.BWRAP})
 
 
+@pytest.mark.soak
 def test_idle_sessions_and_session_start(tmp_path: Path) -> None:
     figures = measure(tmp_path, "idle", "start")
     idle = figures["parts"]["idle"]
@@ -54,6 +57,7 @@ def test_idle_sessions_and_session_start(tmp_path: Path) -> None:
     assert names(figures["parts"]["start"]) == {starts.OURS, starts.BWRAP}
 
 
+@pytest.mark.soak
 def test_stages_account_for_a_whole_call(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +79,7 @@ def test_stages_account_for_a_whole_call(
     assert "socket, and the caller" in printed
 
 
+@pytest.mark.soak
 def test_a_profile_shares_out_the_cpu_time(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 import psutil
+import pytest
 import trio
 from mcp_support import Servers, text_of, until
+
+pytestmark = pytest.mark.soak
 
 TOKEN = "hunter2-is-the-value"
 

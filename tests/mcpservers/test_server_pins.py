@@ -13,6 +13,8 @@ from sandboxd.policy.mcpserver import with_pins
 from sandboxd.policy.pinstore import PinStore
 from sandboxd.secret import Secret
 
+pytestmark = pytest.mark.soak
+
 
 async def test_a_server_has_no_tools_before_they_are_accepted(servers: Servers) -> None:
     servers.server()
