@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from sandboxd.isolation.runtime import python_prefixes
 from sandboxd.policy import Tool
 
 __all__ = ["Finding", "findings"]
@@ -155,13 +156,8 @@ def _mount(path: str, writes: bool) -> str:
 
 
 def _usual(path: str, tool: Tool) -> bool:
-    return path == "/" or any(_below(path, p) for p in (*_USUAL, str(tool.directory), *_runtime()))
-
-
-def _runtime() -> tuple[str, ...]:
-    from sandboxd.isolation.runtime import python_mounts
-
-    return tuple(mount.target for mount in python_mounts())
+    usual = (*_USUAL, str(tool.directory), *python_prefixes())
+    return path == "/" or any(_below(path, p) for p in usual)
 
 
 def _below(path: str, directory: str) -> bool:
