@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,21 @@ class RealDaemon:
 
     def agent(self, slug: str, script: str, **keys: Any) -> None:
         """An agent that runs ``script`` with /bin/sh; ``keys`` are more lines of its file."""
+        self._write_agent(slug, ("/bin/sh", "-c"), script, keys)
+
+    def python_agent(self, slug: str, source: str, **keys: Any) -> None:
+        """An agent that runs ``source`` with this Python, given arguments or not."""
+        command = (sys.executable, "-I", "-c")
+        self._write_agent(slug, command, source, {"args_allowed": "true", **keys})
+
+    def _write_agent(
+        self, slug: str, command: Sequence[str], script: str, keys: Mapping[str, Any]
+    ) -> None:
         lines = [
             "version: 1",
             f"description: agent {slug} of a test",
             "command:",
-            "  - /bin/sh",
-            "  - -c",
+            *(f"  - {word}" for word in command),
             "  - |",
             *("    " + line for line in textwrap.dedent(script).strip().splitlines()),
             *(f"{key}: {value}" for key, value in keys.items()),

@@ -78,14 +78,8 @@ class Asking:
             "policies/hasty.yaml",
             "version: 1\ndescription: asks\nextends: asking\napproval_timeout: 300ms\n",
         )
-        source = "".join(f"      {line}\n" for line in SOURCE.strip().splitlines())
         for slug, policy in (("caller", "asking"), ("hasty", "hasty")):
-            daemon.write(
-                f"agents/{slug}.yaml",
-                f"version: 1\ndescription: calls tools\nargs_allowed: true\npolicy: {policy}\n"
-                f"tools: [ask, free]\n"
-                f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-            )
+            daemon.python_agent(slug, SOURCE, policy=policy, tools="[ask, free]")
         word = "{type: object, additionalProperties: false, properties: {word: {type: string}}}"
         manifest = f'argv: ["{{word}}"]\ninput: {word}\n'
         daemon.tool("ask", '#!/bin/sh\necho "$1 $TOKEN"\n', manifest + "secrets: [TOKEN]\n")

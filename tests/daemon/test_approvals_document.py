@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -57,12 +56,7 @@ def play(asking: Asking, name: str, ids: dict[str, str]) -> None:
 def test_the_worked_example_happens_as_written(configured: RealDaemon) -> None:
     asking = Asking(configured)
     configured.write("policies/careful.yaml", block("file", "policies/careful.yaml", "yaml"))
-    source = "".join(f"      {line}\n" for line in SOURCE.strip().splitlines())
-    configured.write(
-        "agents/writer.yaml",
-        "version: 1\ndescription: writes\nargs_allowed: true\npolicy: careful\ntools: [publish]\n"
-        f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-    )
+    configured.python_agent("writer", SOURCE, policy="careful", tools="[publish]")
     configured.tool(
         "publish",
         '#!/bin/sh\necho "online: $2"\n',

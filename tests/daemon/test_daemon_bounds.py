@@ -105,14 +105,8 @@ _INPUT = "input: {type: object, additionalProperties: false}\n"
 def daemon() -> Iterator[RealDaemon]:
     """Agents ``caller`` and ``crowd``, and tools that take and take."""
     with directories() as made:
-        for slug, code, tools in (("caller", AGENT, ["fine", *BOMBS]), ("crowd", CROWD, ["hold"])):
-            source = "".join(f"      {line}\n" for line in code.strip().splitlines())
-            made.write(
-                f"agents/{slug}.yaml",
-                "version: 1\ndescription: calls tools\nargs_allowed: true\n"
-                f"tools: [{', '.join(tools)}]\n"
-                f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-            )
+        made.python_agent("caller", AGENT, tools=f"[fine, {', '.join(BOMBS)}]")
+        made.python_agent("crowd", CROWD, tools="[hold]")
         made.tool("fine", "#!/bin/sh\necho fine\n", _INPUT)
         made.tool(
             "hold",

@@ -41,17 +41,13 @@ for number, (tool, arguments) in enumerate(json.loads(sys.argv[1]), 2):
     print(json.dumps(ask(number, "tools/call", name=tool, arguments=arguments)), flush=True)
 """
 
+_CALLED = "[use_secret, slow, flood, picky, gone]"
+
 
 @pytest.fixture
 def tooled(configured: RealDaemon) -> RealDaemon:
     """An agent ``caller`` whose argument says what to call, and tools to call."""
-    source = "".join(f"      {line}\n" for line in AGENT.strip().splitlines())
-    configured.write(
-        "agents/caller.yaml",
-        f"version: 1\ndescription: calls tools\nargs_allowed: true\n"
-        f"tools: [use_secret, slow, flood, picky, gone]\n"
-        f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-    )
+    configured.python_agent("caller", AGENT, tools=_CALLED)
     secret = "secrets: [{variable: TOKEN}]\n"
     configured.tool(
         "use_secret", '#!/bin/sh\necho "token $TOKEN"; env | cut -d= -f1 | sort | xargs\n', secret
@@ -211,9 +207,7 @@ def test_a_change_takes_effect_on_the_next_session(tooled: RealDaemon) -> None:
         "for number",
         "open('/workspace/ready', 'w').close(); open('/workspace/go').read()\nfor number",
     )
-    source = "".join(f"      {line}\n" for line in fifo_agent.strip().splitlines())
-    path = tooled.paths.config / "agents/caller.yaml"
-    path.write_text(path.read_text().split("  - |\n")[0] + "  - |\n" + source)
+    tooled.python_agent("caller", fifo_agent, tools=_CALLED)
     tooled.call("reload")
     gate.mkdir(mode=0o700, parents=True)
     for made in (gate.parent, gate):

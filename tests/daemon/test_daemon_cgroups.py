@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from typing import Any
 
 import pytest
@@ -45,12 +44,7 @@ def layer(daemon: RealDaemon, session: str) -> dict[str, Any]:
 @pytest.fixture
 def bombed(configured: RealDaemon) -> RealDaemon:
     """A running daemon with an agent that may call ``hoard``, ``bomb`` and ``fine``."""
-    source = "".join(f"      {line}\n" for line in AGENT.strip().splitlines())
-    configured.write(
-        "agents/caller.yaml",
-        "version: 1\ndescription: calls tools\nargs_allowed: true\ntools: [hoard, bomb, fine]\n"
-        f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-    )
+    configured.python_agent("caller", AGENT, tools="[hoard, bomb, fine]")
     bounds = "input: {type: object}\nlimits: {memory: 96M, processes: 30}\n"
     configured.tool("hoard", HOARD, bounds)
     configured.tool("bomb", FORK_BOMB, bounds + "timeout: 2s\n")

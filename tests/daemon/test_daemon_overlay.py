@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -304,13 +303,7 @@ def test_tools_see_and_change_the_same_view(configured: RealDaemon) -> None:
             print(answer["result"]["content"][0]["text"].strip(), flush=True)
         print(open("/workspace/by-tool").read(), flush=True)
     """
-    lines = "".join(f"      {line[8:]}\n" for line in agent.strip("\n").splitlines())
-    configured.write(
-        "agents/caller.yaml",
-        "version: 1\ndescription: calls tools\ntools: [writer, reader]\n"
-        "workspace: {mode: overlay}\n"
-        f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{lines}",
-    )
+    configured.python_agent("caller", agent, tools="[writer, reader]", workspace="{mode: overlay}")
     schema = "input: {type: object, additionalProperties: false}\n"
     configured.tool(
         "writer",

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from real_daemon import RealDaemon, until
+from test_daemon_calls import AGENT as CALLER
+from test_daemon_calls import SECRET
 
 SERVER = Path(__file__).parents[1] / "mcpservers/stdio_server.py"
-SECRET = "s3cr3t-value-of-the-tests"
 
-#: Speaks MCP over the real bridge and stays until its standard input ends.
-AGENT = """
-import json, subprocess, sys
-bridge = subprocess.Popen(["sandboxd-mcp"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-def say(**message):
-    bridge.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\\n")
-    bridge.stdin.flush()
-def ask(id, method, **params):
-    say(id=id, method=method, params=params)
-    while True:
-        answer = json.loads(bridge.stdout.readline())
-        if answer.get("id") == id:
-            return answer
-ask(0, "initialize", protocolVersion="2025-06-18", capabilities={},
-    clientInfo={"name": "test", "version": "1"})
-say(method="notifications/initialized")
-print(json.dumps(ask(1, "tools/list")), flush=True)
-for number, (tool, arguments) in enumerate(json.loads(sys.argv[1]), 2):
-    print(json.dumps(ask(number, "tools/call", name=tool, arguments=arguments)), flush=True)
+#: With a second argument it stays once it has called.
+AGENT = f"""{CALLER}
 if len(sys.argv) > 2:
     import time
     time.sleep(3600)
@@ -41,12 +24,7 @@ if len(sys.argv) > 2:
 @pytest.fixture
 def served(configured: RealDaemon) -> RealDaemon:
     """An agent ``caller`` with the server ``kit``, which nobody has accepted yet."""
-    source = "".join(f"      {line}\n" for line in AGENT.strip().splitlines())
-    configured.write(
-        "agents/caller.yaml",
-        "version: 1\ndescription: calls tools\nargs_allowed: true\ntools: [kit]\n"
-        f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-    )
+    configured.python_agent("caller", AGENT, tools="[kit]")
     write_server(configured)
     configured.start()
     configured.set("caller", TOKEN=SECRET)

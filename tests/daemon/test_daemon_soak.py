@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,13 +122,7 @@ TOOLS = {
 @pytest.fixture(scope="module")
 def soaked() -> Iterator[RealDaemon]:
     with directories() as daemon:
-        source = "".join(f"      {line}\n" for line in CALLER.strip().splitlines())
-        daemon.write(
-            "agents/caller.yaml",
-            "version: 1\ndescription: calls tools\nargs_allowed: true\n"
-            f"tools: [{', '.join(TOOLS)}]\n"
-            f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-        )
+        daemon.python_agent("caller", CALLER, tools=f"[{', '.join(TOOLS)}]")
         for name, (script, more) in TOOLS.items():
             secret = "secrets: [{variable: TOKEN}]\n" if name == "ok" else ""
             daemon.tool(

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,19 +146,14 @@ def test_outside_most_of_it_works(outside: Outcomes) -> None:
 @pytest.fixture(scope="module")
 def inside(built: Path) -> Iterator[dict[str, Any]]:
     """What it prints in an agent's and in a tool's sandbox of a real daemon, and the layers."""
-    mounts = f"mounts:\n  - {{source: {built}, target: /opt/escape}}\n"
+    shown = f"{{source: {built}, target: /opt/escape}}"
     with directories() as daemon:
-        source = "".join(f"      {line}\n" for line in AGENT.strip().splitlines())
-        daemon.write(
-            "agents/prober.yaml",
-            f"version: 1\ndescription: runs the static prober\ntools: [probe]\n{mounts}"
-            f"command:\n  - {sys.executable}\n  - -I\n  - -c\n  - |\n{source}",
-        )
+        daemon.python_agent("prober", AGENT, tools="[probe]", mounts=f"[{shown}]")
         daemon.write(
             "agents/idle.yaml",
             "version: 1\ndescription: shows its layers\ncommand: [/bin/sleep, '60']\n",
         )
-        daemon.tool("probe", "#!/bin/sh\nexec /opt/escape/prober\n", INPUT + mounts)
+        daemon.tool("probe", "#!/bin/sh\nexec /opt/escape/prober\n", f"{INPUT}mounts: [{shown}]\n")
         daemon.start()
         yield {**_run(daemon), "layers": _layers(daemon)}
 
