@@ -25,6 +25,7 @@ FLOORS = (
     ("audit",),
     ("access",),
     ("redact",),
+    ("egress",),
     ("sessions",),
     ("broker",),
     ("running",),
