@@ -133,6 +133,7 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
                 "kernel",
                 "landlock",
                 "lasting",
+                "listeners",
                 "launcher",
                 "meter",
                 "overlay",
