@@ -12,6 +12,7 @@ import trio
 from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
+from sandboxd.admin.file_methods import FileMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.server_methods import ServerMethods
@@ -37,6 +38,7 @@ class Methods:
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
+            **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
             "status": self.status,
