@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from socket import socket
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,12 +25,23 @@ from sandboxd.sessions.manager import Manager
 from sandboxd.vault.custody import MasterKey
 from sandboxd.vault.vault import Vault
 
+if TYPE_CHECKING:
+    from sandboxd.http.listen import Listening
+
 __all__ = ["Boot", "Daemon", "load"]
 
 _log = logging.getLogger("sandboxd")
 
 #: Settings that are read once, when the daemon starts.
-_AT_START = ("key", "user", "admin_group", "log_level", "max_concurrent_calls", "uid_range")
+_AT_START = (
+    "key",
+    "user",
+    "admin_group",
+    "log_level",
+    "max_concurrent_calls",
+    "uid_range",
+    "http",
+)
 
 
 @dataclass
@@ -45,6 +57,7 @@ class Boot:
     identity: Identity | None
     lock: int
     webhook_key: Secret | None = None
+    http: Listening | None = None
 
 
 @dataclass
