@@ -178,7 +178,7 @@ class _Connection:
         found: h11.Request | None = None
         with self.server.idle() as scope:
             found = await self._head(scope)
-        return found
+        return found  # noqa: RET504 - None when the scope ended it
 
     async def _head(self, scope: trio.CancelScope) -> h11.Request | None:
         bounds, begun = self.bounds, not self.served or bool(self.h11.trailing_data[0])
