@@ -87,6 +87,7 @@ class Methods:
                 "config": str(boot.paths.config),
                 "state": str(boot.paths.state),
                 "runtime": str(boot.paths.runtime),
+                "http": boot.http.url if boot.http is not None else None,
                 "generation": daemon.config.generation,
                 "sessions": len(daemon.sessions.live),
                 "calls": daemon.calls.running(),
