@@ -86,6 +86,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tools.accept": Need("host", "host"),
         "tools.forget": Need("host", "host"),
         "policy.explain": Need("policies.read", "agent"),
+        "policy.egress": Need("policies.read", "agent"),
         "policy.outlook": Need("policies.read", "own"),
         "audit.tail": Need("audit.read", "own"),
         # One chain holds every team's records, and it is whole or it isn't.

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import trio
 
 from sandboxd.audit import AuditLog
+from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import Conflict, KernelError, NotFound, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, Process
 from sandboxd.isolation.uids import UidPool
@@ -336,13 +337,17 @@ class Manager:
         try:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
             stdin, stdout, stderr = ends.child
-            session.process = await self._launcher.launch(
-                spec,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                extra=(session.overlay,) if session.overlay >= 0 else (),
-            )
+            who = {"agent": session.agent.slug, "session": session.id}
+            with open_outlet(session.terms.egress, who, self._audit.append) as outlet:
+                session.process = await self._launcher.launch(
+                    spec,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    extra=(*([session.overlay] if session.overlay >= 0 else ()), *outlet.fds),
+                )
+                outlet.take()
+            serving.start_soon(outlet.serve)
             if session.stop_reason or self._closing:
                 raise Unavailable(
                     f"the session was stopped while it started: {session.stop_reason}"
