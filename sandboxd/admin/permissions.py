@@ -55,6 +55,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),
         "session.start": Need("sessions.run", "agent"),
+        "session.run": Need("sessions.run", "agent"),
         "session.list": Need("sessions.read", "own"),
         "session.show": Need("sessions.read", "session"),
         "session.wait": Need("sessions.read", "session"),
