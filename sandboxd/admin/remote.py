@@ -30,10 +30,9 @@ from sandboxd.secret import Secret
 
 __all__ = ["RemoteClient", "Server"]
 
-#: Seconds for the connection to be made, and longest silence of a server that is alive: it sends
-#: an empty line four times as often.
+#: Seconds for the connection to be made, and longest silence of a server that is alive.
 CONNECT_SECONDS = 10.0
-SILENCE_SECONDS = 60.0
+SILENCE_SECONDS = 4 * protocol.BEAT_SECONDS
 
 _NDJSON = "application/x-ndjson"
 _CHUNK = 1 << 16
@@ -344,7 +343,7 @@ def _refusal(server: Server, response: http.client.HTTPResponse) -> SandboxdErro
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
         body = {}
     if isinstance(data, dict):
-        return protocol.raised({"message": message, "data": data})
+        return protocol.raised({"message": data.get("message", message), "data": data})
     message = message or f"{server.url} answered with {status}"
     if status == 401:
         return Denied(message, hint="is the key right, not expired, not deactivated?")

@@ -24,7 +24,7 @@ def add(commands: Commands, name: str, line: str) -> None:
                 ("sandboxctl status", "the daemon of this user, or of the host"),
                 ("sandboxctl status --json | jq .generation", "one field, for a script"),
                 (
-                    "sandboxctl --server https://sandboxd.example --key-file key status",
+                    "sandboxctl status --server https://sandboxd.example --key-file key",
                     "a daemon elsewhere, as far as the key's team goes",
                 ),
             ],
