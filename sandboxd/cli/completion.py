@@ -20,7 +20,7 @@ __all__ = ["Node", "add", "nodes"]
 #: Seconds that a prompt waits for a server far away.
 _PATIENCE = 2.0
 
-_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals")
+_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals", "keys")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def print_names(args: argparse.Namespace) -> int:
                 names = [row["id"] for row in daemon.call("session.list", all=False)["sessions"]]
             elif args.kind == "approvals":
                 names = [row["id"] for row in daemon.call("approvals.list")["approvals"]]
+            elif args.kind == "keys":
+                names = [row["id"] for row in daemon.call("keys.list", all=False)["keys"]]
             elif args.agent:
                 rows = daemon.call("env.list", agent=args.agent)["variables"]
                 names = [row["name"] for row in rows]
