@@ -33,6 +33,7 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
         spec.tty
         or spec.overlay is not None
         or spec.brings_namespace
+        or spec.further
         or 0 < limits.memory < _LEAST_MEMORY
         or 0 < limits.processes < _LEAST_PROCESSES
         or 0 < files < (FIRST_HIGH_FD + MAX_FDS if spec.extra_fds else _LEAST_FILES)

@@ -196,6 +196,7 @@ class LaunchSpec:
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
     ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
+    ``further``: more programs can be started in it later, over a socket that the launch brings.
     """
 
     id: str
@@ -215,17 +216,21 @@ class LaunchSpec:
     limits: Limits = Limits()
     template: str = ""
     overlay: OverlaySpec | None = None
+    further: bool = False
 
     @property
     def brings_namespace(self) -> bool:
-        """Whether the last descriptor is a mount namespace, which the program does not get."""
+        """Whether a mount namespace comes after the descriptors that the program gets."""
         return any(mount.shared for mount in self.mounts)
 
 
-def check_spec(spec: LaunchSpec) -> None:
-    """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value."""
+def check_spec(spec: LaunchSpec, *, search: bool = False) -> None:
+    """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value.
+
+    ``search``: the program may be a name, or a relative path, for the sandbox to find.
+    """
     program = os.fsencode(spec.program) or b"".join(spec.argv[:1])
-    if not spec.argv or not program.startswith(b"/") or b"\0" in program:
+    if not program or b"\0" in program or not (search or program.startswith(b"/")):
         raise Invalid("a sandbox needs a program, by its absolute path")
     if any(b"\0" in argument for argument in spec.argv):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
@@ -253,7 +258,7 @@ def check_spec(spec: LaunchSpec) -> None:
     extra = spec.extra_fds
     if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
         raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
-    if len(extra) + spec.brings_namespace > MAX_FDS - 4:
+    if len(extra) + spec.brings_namespace + spec.further > MAX_FDS - 4:
         raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
     if not 0 <= spec.uid < 0xFFFFFFFF:
         raise Invalid(f"{spec.uid} is no user id")
@@ -328,6 +333,7 @@ def lasting_part(spec: LaunchSpec) -> bytes:
         out.text(spec.overlay.lower)
         out.text(spec.overlay.layers)
         out.number(spec.overlay.size)
+    out.number(spec.further)
     return bytes(out.data)
 
 
@@ -370,6 +376,7 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         extra_fds=tuple(read.number() for _ in range(read.number())),
         limits=Limits(**{name: read.number() for name in _LIMIT_FIELDS}),
         overlay=OverlaySpec(read.text(), read.text(), read.number()) if read.number() else None,
+        further=bool(read.number()),
     )
     read.end()
     return spec
