@@ -32,6 +32,7 @@ from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
 from sandboxd.sessions.changes import Changes
 from sandboxd.sessions.exec import Execs
+from sandboxd.sessions.files import Files
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
 from sandboxd.sessions.session import Ending, Session
@@ -103,6 +104,8 @@ class Manager:
         self.changes = Changes(paths=paths, launcher=launcher, uids=uids, audit=audit)
         #: Programs beside agents; ``exec(session, argv, ...)`` runs one.
         self.exec = Execs(audit).run
+        #: What is in the workspaces of live sessions.
+        self.files = Files(launcher=launcher, uids=uids, audit=audit)
         self._closing = False
         self._starting = 0
         self._unwritten: list[SessionRecord] = []
@@ -315,8 +318,13 @@ class Manager:
         """Serve the broker socket while the agent's process lives; its calls end with it."""
         async with trio.open_nursery() as serving:
             await serving.start(partial(self._serve, session))
-            running(await self._launch(session, request, serving))
-            await self._until_end(session)
+            fds = await self._launch(session, request, serving)
+            session.tasks = serving
+            running(fds)
+            try:
+                await self._until_end(session)
+            finally:
+                session.tasks = None
             serving.cancel_scope.cancel()
 
     async def _launch(
