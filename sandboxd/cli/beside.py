@@ -34,10 +34,7 @@ def add(nouns: Commands) -> None:
         usage="sandboxctl session exec [options] SESSION -- COMMAND [ARG ...]",
         examples=[
             ("sandboxctl session exec s-0123456789abcdef -- ls -la", "look into its workspace"),
-            (
-                "sandboxctl session exec --cwd src s-0123456789abcdef -- sh -c 'make > log 2>&1'",
-                "run a line of the shell in a directory of it",
-            ),
+            ("sandboxctl session exec --cwd src s-0123 -- make test", "in a directory of it"),
         ],
     )
     parser.usage_status = FAILED

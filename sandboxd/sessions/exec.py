@@ -259,5 +259,6 @@ def _spec(
         tty=False,
         mounts=(),
         files=(),
+        listeners=(),
         further=False,
     )
