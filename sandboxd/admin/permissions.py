@@ -62,6 +62,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "session.logs": Need("sessions.read", "session"),
         "session.stop": Need("sessions.run", "live"),
         "session.signal": Need("sessions.run", "live"),
+        "session.exec": Need("sessions.run", "live"),
         "session.diff": Need("changes.read", "session"),
         "session.apply": Need("changes.land", "session"),
         "session.discard": Need("changes.land", "session"),

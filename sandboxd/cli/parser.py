@@ -178,12 +178,14 @@ def build(only: str | None = None) -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of one command, with ``run`` the function that carries it out.
 
-    What stands after ``--`` in ``run`` and ``session start`` is the agent's and becomes ``rest``.
+    What stands after ``--`` in ``run``, ``session start`` and ``session exec`` is another
+    program's and becomes ``rest``.
     Exits with a message when they make no sense.
     """
     words = _command_words(argv)
     rest: list[str] | None = None
-    if (words[:1] == ["run"] or words[:2] == ["session", "start"]) and "--" in argv:
+    passes_on = words[:1] == ["run"] or words[:2] in (["session", "start"], ["session", "exec"])
+    if passes_on and "--" in argv:
         cut = argv.index("--")
         argv, rest = argv[:cut], argv[cut + 1 :]
     name = words[0] if words else None

@@ -18,7 +18,7 @@ from sandboxd.cli.daemon import connect, connect_here, server_of
 from sandboxd.cli.parser import Commands, command
 from sandboxd.errors import Invalid, KernelError, SandboxdError
 
-__all__ = ["add"]
+__all__ = ["FAILED", "add", "could_not_execute"]
 
 #: What `run` exits with when the failure is sandboxd's and not the agent's, as in timeout(1).
 FAILED = 125
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 term=os.environ.get("TERM", "") if args.tty else "",
             )
         except KernelError as error:
-            args.failed_status = _could_not_execute(error)
+            args.failed_status = could_not_execute(error)
             raise
         ended = _attend(daemon, started["id"], fds, args.tty)
     return _status(ended)
@@ -199,7 +199,8 @@ def _attend(daemon: AdminClient, id: str, fds: list[int], tty: bool) -> dict[str
         return result
 
 
-def _could_not_execute(error: KernelError) -> int:
+def could_not_execute(error: KernelError) -> int:
+    """The exit status of a shell whose program can't be executed (POSIX, 2.8.2)."""
     if not error.syscall.startswith("exec"):
         return FAILED
     return NOT_FOUND if error.errno == errno.ENOENT else CANNOT_EXECUTE
