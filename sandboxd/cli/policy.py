@@ -66,14 +66,15 @@ def add(commands: Commands, name: str, line: str) -> None:
         examples=[
             ("sandboxctl policy egress reporter", "all that it may reach"),
             ("sandboxctl policy egress reporter api.example.com:443", "would this be allowed?"),
-            ("sandboxctl policy egress reporter --tool fetch example.com:80 POST", "a request"),
+            (
+                "sandboxctl policy egress --tool fetch --method POST reporter example.com:80",
+                "a request that one of its tools would make",
+            ),
         ],
     )
     parser.add_argument("agent", metavar="AGENT", help="the agent")
     parser.add_argument("target", metavar="HOST:PORT", nargs="?", default="", help="a destination")
-    parser.add_argument(
-        "method", metavar="METHOD", nargs="?", default="", help="of a plain HTTP request"
-    )
+    parser.add_argument("--method", metavar="METHOD", default="", help="of a plain HTTP request")
     parser.add_argument("--tool", metavar="TOOL", help="one of its tools rather than the agent")
     parser.lookups.update(agent="agents", tool="tools")
     parser = command(

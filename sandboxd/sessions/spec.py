@@ -107,6 +107,7 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
         ),
         limits=launch_limits(session.terms.limits),
         listeners=egress.listeners(session.terms.egress),
+        further=True,
     )
 
 
