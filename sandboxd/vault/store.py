@@ -79,6 +79,10 @@ class SessionRecord:
     by: str
     variables: Mapping[str, int]  # name -> version that it started with
     workspace: str
+    team: str
+    key: str = ""  # id of the API key that it rests on
+    token: str = ""  # its token's jti
+    subject: str = ""  # the application's user that the token is for
 
 
 class Transaction(Protocol):
@@ -98,8 +102,8 @@ class Transaction(Protocol):
     def put_used(
         self, team: str, agent: str, name: str, last_used_at: float, used_digest: bytes
     ) -> None: ...
-    def put_session(self, team: str, record: SessionRecord) -> None: ...
-    def sessions(self, team: str, *, include_ended: bool) -> list[SessionRecord]: ...
+    def put_session(self, record: SessionRecord) -> None: ...
+    def sessions(self, team: str | None, *, include_ended: bool) -> list[SessionRecord]: ...
 
 
 class Store(Protocol):
