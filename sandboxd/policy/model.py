@@ -25,7 +25,9 @@ from sandboxd.policy.values import (
     Count,
     Duration,
     Glob,
+    HostName,
     Line,
+    ListenAddress,
     Processors,
     ProgramPath,
     Size,
@@ -47,6 +49,8 @@ __all__ = [
     "Concurrency",
     "Condition",
     "Config",
+    "HttpLimits",
+    "HttpSettings",
     "Key",
     "Limits",
     "Mount",
@@ -56,6 +60,7 @@ __all__ = [
     "Settings",
     "Stdin",
     "Team",
+    "Tls",
     "Tool",
     "UidRange",
     "Webhook",
@@ -224,6 +229,38 @@ class Team:
 
 
 @attrs.frozen
+class Tls:
+    """A certificate (with its chain) and its private key, as PEM files."""
+
+    certificate: AbsolutePath
+    key: AbsolutePath
+
+
+@attrs.frozen
+class HttpLimits:
+    """What one client of the HTTP API may take. ``requests`` are a second, ``failures`` a minute.
+
+    ``requests`` holds for each key or token, four times as much for each source address;
+    ``failures`` are attempts with wrong keys from one source.
+    """
+
+    body: Size = Size(16 << 20)
+    connections: Count = Count(256)
+    requests: Count = Count(50)
+    failures: Count = Count(10)
+
+
+@attrs.frozen
+class HttpSettings:
+    """Where the HTTP API listens, for whom, and by which names clients may call it."""
+
+    listen: ListenAddress = ListenAddress("127.0.0.1:7621")
+    tls: Tls | None = None
+    hosts: tuple[HostName, ...] = ()
+    limits: HttpLimits = HttpLimits()
+
+
+@attrs.frozen
 class Settings:
     """sandboxd.yaml. The team ``default`` is there without being named."""
 
@@ -236,6 +273,7 @@ class Settings:
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
     approvals: ApprovalSettings = ApprovalSettings()
     teams: Mapping[Slug, Team] = attrs.field(factory=_empty)
+    http: HttpSettings | None = None  # None: not served
 
     def has_team(self, team: str) -> bool:
         """Whether agents and keys can be of this team."""

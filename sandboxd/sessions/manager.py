@@ -30,6 +30,8 @@ from sandboxd.policy import DEFAULT_TEAM, Agent, Config
 from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
 from sandboxd.sessions.changes import Changes
+from sandboxd.sessions.exec import Execs
+from sandboxd.sessions.files import Files
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
 from sandboxd.sessions.records import Records
@@ -112,6 +114,10 @@ class Manager:
         self._nursery = nursery
         #: What sessions changed in copy-on-write workspaces.
         self.changes = Changes(paths=paths, launcher=launcher, uids=uids, audit=audit)
+        #: Programs beside agents; ``exec(session, argv, ...)`` runs one.
+        self.exec = Execs(audit).run
+        #: What is in the workspaces of live sessions.
+        self.files = Files(launcher=launcher, uids=uids, audit=audit)
         self._closing = False
         #: Asked at the moment that a session takes its place: raises when it may not any more,
         #: because what it rests on ended while the request was on its way.
@@ -355,10 +361,15 @@ class Manager:
         """Serve the broker socket while the agent's process lives; its calls end with it."""
         async with trio.open_nursery() as serving:
             await serving.start(partial(self._serve, session))
-            running(await self._launch(session, request, serving))
+            fds = await self._launch(session, request, serving)
+            session.tasks = serving
+            running(fds)
             if session.lifetime is not None:
                 serving.start_soon(self._end_in_time, session, session.lifetime)
-            await self._until_end(session)
+            try:
+                await self._until_end(session)
+            finally:
+                session.tasks = None
             serving.cancel_scope.cancel()
 
     async def _end_in_time(self, session: Session, lifetime: float) -> None:

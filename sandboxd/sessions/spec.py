@@ -144,6 +144,7 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
             FileSpec(_BRIDGE_PROGRAM, bridge, 0o444),
         ),
         limits=launch_limits(session.terms.limits),
+        further=True,
     )
 
 
