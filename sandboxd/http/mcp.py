@@ -9,7 +9,7 @@ decided where it is for every other route (:mod:`sandboxd.admin.perform`).
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qs
@@ -90,7 +90,7 @@ class _Endpoint:
             answer = Response(reply, status, media_type="application/json")
             await answer(scope, receive, send)
             return
-        with self._daemon.access.held(principal), visit.request():
+        with visit.request():
             await _exchange(visit, message, body, scope, receive, send)
 
     async def _place(self, principal: Principal, scope: Scope) -> dict[str, str]:
@@ -165,6 +165,9 @@ async def _exchange(
         nonlocal ended
         ended |= answer["type"] == "http.response.body" and not answer.get("more_body", False)
         await send(answer)
+        if (b"content-type", b"text/event-stream") in _plain(answer.get("headers", ())):
+            # A stream has begun: its head goes out with the first bytes, and here they are.
+            await send({"type": "http.response.body", "body": b": \r\n\r\n", "more_body": True})
 
     open_id = _open_id(scope, message)
     if open_id is not None:
@@ -178,6 +181,10 @@ async def _exchange(
                 assert isinstance(message, types.JSONRPCRequest)
                 with trio.move_on_after(_TELLING, shield=True):
                     await _take_back(visit, message.id, scope)
+
+
+def _plain(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    return ((name.lower(), value.partition(b";")[0].strip()) for name, value in headers)
 
 
 def _open_id(scope: Scope, message: types.JSONRPCMessage) -> tuple[str, int | str] | None:
