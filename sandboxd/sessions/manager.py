@@ -21,7 +21,6 @@ from typing import Protocol
 import trio
 
 from sandboxd.audit import AuditLog
-from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import Conflict, Invalid, KernelError, NotFound, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, Process
 from sandboxd.isolation.uids import UidPool
@@ -389,8 +388,7 @@ class Manager:
         try:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
             stdin, stdout, stderr = ends.child
-            who = {"agent": session.agent.slug, "team": session.team, "session": session.id}
-            with open_outlet(session.terms.egress, who, self._audit.append) as outlet:
+            with self._records.outlet(session) as outlet:
                 session.process = await self._launcher.launch(
                     spec,
                     stdin=stdin,
