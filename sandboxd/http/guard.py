@@ -93,11 +93,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
 
         async def told(message: Message) -> None:
-            nonlocal begun
-            begun = True
             if message["type"] == "http.response.start":
                 message = {**message, "headers": _with_defaults(message.get("headers", ()))}
             await send(message)
@@ -114,16 +111,6 @@ class Guard:
         except BodyTooSlow:
             slow = Refusal(408, "too_slow", "the request's body took too long to arrive")
             await answer(path, slow)(scope, receive, told)
-        except SandboxdError as failure:
-            if begun:
-                raise
-            await answer(path, refusal_of(failure))(scope, receive, told)
-        except Exception as failure:
-            if begun:
-                raise  # the server logs it and cuts the answer off
-            _log.error("%s %s failed: %s", scope["method"], shown(path), where(failure))
-            internal = Refusal(500, "internal", "sandboxd failed: its log says where")
-            await answer(path, internal)(scope, receive, told)
 
     async def _admit(self, scope: Scope) -> int:
         """The largest body that this request may have, or Refusal. Finds out who asks."""
