@@ -56,6 +56,10 @@ def make_app(daemon: Daemon) -> FastAPI:
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.get("/.well-known/jwks.json", tags=["tokens"], summary="Keys that verify tokens")
+    async def jwks() -> dict[str, Any]:
+        return await daemon.access.jwks()
+
     for module in ROUTERS:
         app.include_router(module.router(daemon))
     _Guarded.install(app, daemon, settings)

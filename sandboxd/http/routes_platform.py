@@ -247,7 +247,10 @@ def _add_logs(routes: APIRouter, daemon: Daemon) -> None:
         and why it ended. Times are ISO 8601. ``cursor`` is the last answer's ``nextCursor``."""
         await perform(daemon, caller, "agents.show", {"agent": slug})
         rows = [_log(row) for row in await _sessions(daemon, caller, slug)]
-        after, before = _moment("createdAfter", createdAfter), _moment("createdBefore", createdBefore)
+        after, before = (
+            _moment("createdAfter", createdAfter),
+            _moment("createdBefore", createdBefore),
+        )
         words = (search or "").lower()
         found = [
             row

@@ -1,4 +1,4 @@
-"""``/v1``: what ``@21st-sdk/node`` speaks. ``/nextjs/v1``: the token exchange of its Next.js sister.
+"""``/v1``: what ``@21st-sdk/node`` speaks. ``/nextjs/v1``: tokens for its Next.js sister.
 
 A sandbox is a session: creating one starts the agent in the background, deleting it stops it.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -121,10 +122,8 @@ async def start(
 
 
 async def _stop_quietly(daemon: Daemon, principal: Principal, id: str) -> None:
-    try:
+    with suppress(NotFound):  # it ended by itself
         await perform(daemon, principal, "session.stop", {"id": id, "grace": 0})
-    except NotFound:
-        pass  # it ended by itself
 
 
 async def execute(
@@ -168,7 +167,7 @@ def entry_of(entry: Mapping[str, Any]) -> dict[str, Any]:
     mode = entry.get("mode")
     told = {
         "name": entry["name"],
-        "path": entry["path"],
+        "path": f"/workspace/{entry['path']}".rstrip("/"),
         "type": {"directory": "dir"}.get(entry["type"], entry["type"]),
         "size": entry.get("size"),
         "mode": mode,

@@ -187,9 +187,13 @@ async def test_nothing_is_upgraded(opening: bytes) -> None:
 async def test_a_head_that_dribbles_in_ends_its_connection() -> None:
     async with serving(App()) as address, await trio.open_tcp_stream(*address) as stream:
         with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
-            while True:  # never silent for as long as the bound, and yet ended
-                await stream.send_all(b"G" if stream.socket.fileno() else b"")
-                await trio.sleep(0.05)
+            await _dribble(stream)
+
+
+async def _dribble(stream: trio.SocketStream) -> None:
+    while True:  # never silent for as long as the bound
+        await stream.send_all(b"G")
+        await trio.sleep(0.05)
 
 
 async def test_a_connection_without_a_request_is_closed() -> None:
@@ -262,7 +266,9 @@ async def test_a_request_that_is_nearly_done_gets_its_answer_when_the_server_sto
     assert b"connection: close" in got.lower()
 
 
-@pytest.mark.parametrize(("path", "begins"), [("broken", b"HTTP/1.1 500"), ("cut", b"HTTP/1.1 200")])
+@pytest.mark.parametrize(
+    ("path", "begins"), [("broken", b"HTTP/1.1 500"), ("cut", b"HTTP/1.1 200")]
+)
 async def test_an_application_that_fails_is_logged_by_place_alone(
     path: str, begins: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,7 +293,7 @@ async def test_one_source_does_not_get_all_connections() -> None:
         assert not await _answered(address)
         await held[0].aclose()
         with trio.fail_after(10):
-            while not await _answered(address):
+            while not await _answered(address):  # noqa: ASYNC110 - what another task does
                 await trio.sleep(0.01)
         await held[1].aclose()
 
