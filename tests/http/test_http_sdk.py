@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 from real_daemon import RealDaemon, until
-from serving import client_of, new_key, served
+from http_daemon import client_of, new_key, served
 
 
 @pytest.fixture(scope="module")
