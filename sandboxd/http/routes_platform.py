@@ -19,6 +19,7 @@ from sandboxd.http import sandboxes
 from sandboxd.http.described import PLATFORM_ERRORS
 from sandboxd.http.guard import Caller
 from sandboxd.names import variable_name
+from sandboxd.policy.values import Slug
 from sandboxd.running import Daemon
 
 __all__ = ["router"]
@@ -144,7 +145,7 @@ def _add_agents(routes: APIRouter, daemon: Daemon) -> None:
     @routes.get("/me", tags=["agents"], summary="Who this key is")
     async def me(caller: Caller) -> Me:
         slug = caller.team or "default"
-        team = daemon.config.settings.teams.get(slug)
+        team = daemon.config.settings.teams.get(Slug(slug))
         return Me(
             user=Account(displayName=caller.name, email=None),
             team=TeamOf(slug=slug, name=team.name if team else slug),

@@ -35,7 +35,7 @@ class _Strict(BaseModel):
 class NewToken(_Strict):
     agents: list[str] | None = Field(None, min_length=1, max_length=100)
     userId: str | None = Field(None, min_length=1, max_length=200)
-    expiresIn: str = Field("1h", pattern=r"^\d+(s|m|h|d)$", max_length=12)
+    expiresIn: str = Field("1h", description="30s, 15m, 1h or 1d; a day at most")
 
 
 class Token(BaseModel):

@@ -72,7 +72,7 @@ def opened(listen: str, tls: Tls | None = None) -> None:
 
 def test_an_address_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(Conflict, match="listens on 127.0.0.1:"):
+        with pytest.raises(Conflict, match=r"listens on 127\.0\.0\.1:"):
             opened(f"127.0.0.1:{taken.getsockname()[1]}")
     opened("127.0.0.1:0")
 
@@ -160,5 +160,3 @@ def test_addresses_of_this_host_need_no_tls(tmp_path: Path, listen: str) -> None
     assert settings.http is not None
     assert settings.http.listen == listen
     assert settings.http.limits.body == 16 << 20
-
-

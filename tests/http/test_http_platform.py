@@ -159,7 +159,7 @@ def test_logs_are_found_and_paged(cli: CommandLine, daemon: RealDaemon) -> None:
     with pytest.raises(RuntimeError, match="no such session"):
         cli.log("worker", ids[0])
     for wrong in ({"cursor": "x"}, {"createdAfter": "yesterday"}, {"limit": 0}):
-        with pytest.raises(RuntimeError, match="cursor|createdAfter|limit"):
+        with pytest.raises(RuntimeError, match=r"cursor|createdAfter|limit"):
             cli.logs("failing", **wrong)
 
 
