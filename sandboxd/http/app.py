@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from sandboxd import __version__
 from sandboxd.errors import SandboxdError
-from sandboxd.http import routes_operator, routes_platform, routes_sdk
+from sandboxd.http import mcp, routes_operator, routes_platform, routes_sdk
 from sandboxd.http.attended import ClientLeft
 from sandboxd.http.errors import Refusal, answer, refusal_of
 from sandboxd.http.guard import Guard
@@ -21,7 +21,12 @@ from sandboxd.running import Daemon
 __all__ = ["make_app"]
 
 #: Modules with ``router(daemon) -> APIRouter``, in the order in which their routes match.
-ROUTERS = (routes_sdk, routes_platform, routes_operator)
+ROUTERS = (
+    routes_sdk,
+    routes_platform,
+    routes_operator,
+    mcp,
+)
 
 _TITLE = "sandboxd"
 _ABOUT = (
