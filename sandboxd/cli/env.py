@@ -15,7 +15,7 @@ from sandboxd.cli.reading import read_input
 from sandboxd.errors import ConfigError, Invalid, Unavailable
 
 if TYPE_CHECKING:
-    from sandboxd.cli.dotenv import Entry
+    from sandboxd.dotenv import Entry
 
 __all__ = ["add", "ask", "checked_name", "read_entries"]
 
@@ -217,7 +217,7 @@ def read_entries(path: str, *, otherwise: str) -> list[Entry]:
 
     Raises Invalid with every mistake and its line; ``otherwise`` is what that means.
     """
-    from sandboxd.cli import dotenv
+    from sandboxd import dotenv
 
     shown = "standard input" if path == "-" else path
     entries, problems = dotenv.parse(read_input(path, shown))
