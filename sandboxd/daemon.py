@@ -18,6 +18,7 @@ from socket import socket
 import trio
 
 from sandboxd.admin.methods import Methods
+from sandboxd.admin.perform import guarded
 from sandboxd.admin.server import Caller, serve_admin
 from sandboxd.audit import AuditLog
 from sandboxd.broker.approvals import Approvals
@@ -157,6 +158,7 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         bridge=files("sandboxd.broker").joinpath("bridge.py").read_bytes(),
         nursery=nursery,
     )
+    daemon.methods = guarded(daemon, Methods(daemon).table())
 
 
 async def _admin(
@@ -176,7 +178,7 @@ async def _admin(
     own_group = group if group is not None and group in (os.getegid(), *os.getgroups()) else None
     await serve_admin(
         boot.paths.admin_socket,
-        Methods(daemon).table(),
+        daemon.methods,
         allow=allow,
         mode=0o660 if own_group is not None else 0o600,
         group=own_group,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from socket import socket
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -23,6 +25,9 @@ from sandboxd.service import Service
 from sandboxd.sessions.manager import Manager
 from sandboxd.vault.custody import MasterKey
 from sandboxd.vault.vault import Vault
+
+if TYPE_CHECKING:
+    from sandboxd.admin.server import Method
 
 __all__ = ["Boot", "Daemon", "load"]
 
@@ -60,6 +65,8 @@ class Daemon:
     started_at: float = field(default_factory=time.time)
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
+    #: What operators can ask of it, each method behind its permission and team.
+    methods: Mapping[str, Method] = field(init=False)
     #: Servers whose manifest names definitions that they were asked about already.
     asked: set[tuple[str, str, str]] = field(default_factory=set)
     _reloading: trio.Lock = field(default_factory=trio.Lock)

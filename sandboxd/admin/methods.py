@@ -13,11 +13,13 @@ from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
+from sandboxd.admin.reach import agents_of, live_of, sees_record, tools_of
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.server_methods import ServerMethods
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
+from sandboxd.errors import Denied
 from sandboxd.policy.explain import describe_tool, explain_call, outlook
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
@@ -54,7 +56,24 @@ class Methods:
     # -- the daemon ---------------------------------------------------------------------------
 
     async def status(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        daemon, boot = self._daemon, self._daemon.boot
+        """The daemon for its operators; for a team's principal what of it is the team's."""
+        daemon, boot, principal = self._daemon, self._daemon.boot, caller.principal
+        if principal.team is not None:
+            live = live_of(daemon, principal)
+            return Reply(
+                {
+                    "version": __version__,
+                    "started_at": iso(daemon.started_at),
+                    "name": principal.name,
+                    "team": principal.team,
+                    "role": principal.role,
+                    "sessions": len(live),
+                    "calls": sum(daemon.calls.running(session.id) for session in live),
+                    "approvals": sum(daemon.calls.approvals.count(s.id) for s in live)
+                    if principal.may("approvals.read")
+                    else 0,
+                }
+            )
         return Reply(
             {
                 "version": __version__,
@@ -97,7 +116,8 @@ class Methods:
 
     async def agents_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
         rows = []
-        for slug, agent in sorted(self._daemon.config.agents.items()):
+        live = live_of(self._daemon, caller.principal)
+        for slug, agent in agents_of(self._daemon, caller.principal).items():
             rows.append(
                 {
                     "slug": slug,
@@ -105,14 +125,14 @@ class Methods:
                     "policy": agent.policy,
                     "tools": list(agent.tools),
                     "variables": len(await thread(self._daemon.vault.list, slug)),
-                    "sessions": sum(s.agent.slug == slug for s in self._daemon.sessions.live),
+                    "sessions": sum(s.agent.slug == slug for s in live),
                 }
             )
         return Reply({"agents": rows})
 
     async def tools_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
         config = self._daemon.config
-        wanted = set(config.tools)
+        wanted = tools_of(self._daemon, caller.principal)
         if params.get("agent") is not None:
             wanted = set(known_agent(self._daemon, params).tools)
         rows = [
@@ -141,7 +161,8 @@ class Methods:
             for record in await thread(audit.tail, audit.last - seen):
                 if record["seq"] > seen:
                     seen = record["seq"]
-                    yield record
+                    if sees_record(caller.principal, record):
+                        yield record
             if not params.get("follow"):
                 return
             await trio.sleep(0.2)
@@ -170,16 +191,26 @@ class Methods:
 
     async def policy_outlook(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """What each agent can do: by the configuration in force, or by what the files say now."""
+        host = caller.principal.team is None
+        if params.get("files") and not host:
+            raise Denied(
+                "the configuration's files are the host's: its agents are everybody's",
+                hint="leave 'files' away: what is in force is shown",
+            )
         config = await self._daemon.check() if params.get("files") else self._daemon.config
+        found = await thread(partial(outlook, config, servers=bool(params.get("servers"))))
+        if not host:
+            seen = agents_of(self._daemon, caller.principal)
+            found = {slug: rows for slug, rows in found.items() if slug in seen}
         return Reply(
             {
                 "generation": config.generation,
-                "outlook": await thread(
-                    partial(outlook, config, servers=bool(params.get("servers")))
-                ),
-                "warnings": list(config.warnings),
+                "outlook": found,
+                "warnings": list(config.warnings) if host else [],
             }
         )
 
     async def tools_show(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        return Reply(describe_tool(self._daemon.config, known_tool(self._daemon, params)))
+        found = describe_tool(self._daemon.config, known_tool(self._daemon, params))
+        seen = agents_of(self._daemon, caller.principal)
+        return Reply({**found, "agents": [slug for slug in found["agents"] if slug in seen]})

@@ -12,10 +12,11 @@ import trio
 
 from sandboxd.admin.offers import take_named
 from sandboxd.admin.params import bounded, iso, param, slug, strings, thread
+from sandboxd.admin.reach import live_of, records_of
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.broker.serverrun import Running
 from sandboxd.errors import Invalid, NotFound
-from sandboxd.names import session_id, shown
+from sandboxd.names import shown
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 from sandboxd.sessions.manager import GRACE_SECONDS, Request
@@ -57,6 +58,11 @@ class SessionMethods:
         )
         if request.tty and not request.attach:
             raise Invalid("a terminal needs somebody attached to it")
+        if request.attach and not caller.attachable:
+            raise Invalid(
+                "nobody can be attached to a session over HTTP",
+                hint="start it in the background and follow its output: session.logs",
+            )
         await take_named(self._daemon, request.agent)
         manager = self._daemon.sessions
         # A client that leaves right now must not leave a session that nobody knows of.
@@ -73,7 +79,7 @@ class SessionMethods:
         return Reply({"id": session.id, "pid": session.pid}, started.fds)
 
     async def wait(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        id = session_id(param(params, "id", str))
+        id = param(params, "id", str)
         live = next((s for s in self._daemon.sessions.live if s.id == id), None)
         if live is not None:
             await live.ended.wait()
@@ -95,10 +101,10 @@ class SessionMethods:
         )
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        live = {session.id: session for session in self._daemon.sessions.live}
+        live = {session.id: session for session in live_of(self._daemon, caller.principal)}
         rows = [self._live_row(session) for session in live.values()]
         if params.get("all"):
-            records = await thread(partial(self._daemon.vault.sessions, include_ended=True))
+            records = await records_of(self._daemon, caller.principal)
             rows += [_record_row(record) for record in records if record.id not in live]
         return Reply({"sessions": sorted(rows, key=lambda row: str(row["started_at"]))})
 

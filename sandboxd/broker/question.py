@@ -43,10 +43,10 @@ Scope = Literal["once", "session"]
 
 @dataclass(frozen=True)
 class By:
-    """Who answered: a name for people, and the uid that the kernel told."""
+    """Who answered: a name for people, and the uid that the kernel told, on the admin socket."""
 
     name: str
-    uid: int
+    uid: int | None
 
 
 @dataclass(frozen=True)

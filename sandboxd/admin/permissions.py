@@ -1,0 +1,86 @@
+"""What each admin method needs: a permission, and which of its parameters say whom it concerns.
+
+A method that has no line here is not served. Whoever adds a method adds its line; the gate
+(:mod:`sandboxd.admin.perform`) does the rest before the method sees its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from sandboxd.access.roles import Permission
+
+__all__ = ["NEEDS", "Need", "Scope"]
+
+#: Where the team and the agent that a call concerns come from. In every case but ``own`` and
+#: ``host`` what the caller can't reach is NotFound, with the same words as what doesn't exist.
+#:
+#: ``agent``     parameter ``agent``, which has to be there
+#: ``agent?``    the same where it is there; without it the method shows what its caller reaches
+#: ``session``   parameter ``id``, a session live or ended; it becomes the whole id
+#: ``live``      the same, live sessions only
+#: ``place``     parameter ``session`` (live) where it is there, else parameter ``agent``
+#: ``approval``  parameter ``id``, a question that waits or was answered; an abbreviation becomes
+#:               the whole id where ``abbreviated``
+#: ``tool``      parameter ``tool``, one that some agent in reach lists
+#: ``team``      parameter ``team`` and each of a list ``agents``, where they are there; a caller of
+#:               one team needs not name it: the parameter is filled in
+#: ``own``       the method itself looks at ``caller.principal``: lists, and what concerns nobody
+#: ``host``      everything: no team's principal may
+Scope = Literal[
+    "agent", "agent?", "session", "live", "place", "approval", "tool", "team", "own", "host"
+]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one method asks of its caller."""
+
+    permission: Permission
+    scope: Scope
+    #: Whether the beginning of an approval's id is enough: for looking only.
+    abbreviated: bool = False
+
+
+NEEDS: Mapping[str, Need] = MappingProxyType(
+    {
+        "status": Need("agents.read", "own"),
+        "reload": Need("host", "host"),
+        "config.check": Need("host", "host"),
+        "agents.list": Need("agents.read", "own"),
+        "env.list": Need("env.read", "agent"),
+        "env.set": Need("env.write", "agent"),
+        "env.remove": Need("env.write", "agent"),
+        "session.start": Need("sessions.run", "agent"),
+        "session.list": Need("sessions.read", "own"),
+        "session.show": Need("sessions.read", "session"),
+        "session.wait": Need("sessions.read", "session"),
+        "session.logs": Need("sessions.read", "session"),
+        "session.stop": Need("sessions.run", "live"),
+        "session.signal": Need("sessions.run", "live"),
+        "session.diff": Need("changes.read", "session"),
+        "session.apply": Need("changes.land", "session"),
+        "session.discard": Need("changes.land", "session"),
+        "approvals.list": Need("approvals.read", "own"),
+        "approvals.watch": Need("approvals.read", "own"),
+        "approvals.show": Need("approvals.read", "approval", abbreviated=True),
+        "approvals.approve": Need("approvals.decide", "approval"),
+        "approvals.deny": Need("approvals.decide", "approval"),
+        "tools.list": Need("tools.read", "agent?"),
+        "tools.show": Need("tools.read", "tool"),
+        "tools.pins": Need("tools.read", "own"),
+        "tools.run": Need("call", "place"),
+        # Acceptances hold for every team's agents.
+        "tools.inspect": Need("host", "host"),
+        "tools.accept": Need("host", "host"),
+        "tools.forget": Need("host", "host"),
+        "policy.explain": Need("policies.read", "agent"),
+        "policy.outlook": Need("policies.read", "own"),
+        "audit.tail": Need("audit.read", "own"),
+        # One chain holds every team's records, and it is whole or it isn't.
+        "audit.verify": Need("host", "host"),
+    }
+)
