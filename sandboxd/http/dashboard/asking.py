@@ -25,13 +25,14 @@ from sandboxd.errors import (
     Invalid,
     NotFound,
     SandboxdError,
+    Unauthenticated,
     Unavailable,
 )
 from sandboxd.http.dashboard.pages import Page, Pages, room_for_one_more, same
 from sandboxd.http.dashboard.render import render
 from sandboxd.running import Daemon
 
-__all__ = ["Ask", "Form", "Tabs", "cookie_of", "is_fragment", "page_headers", "refuse_foreign"]
+__all__ = ["Ask", "Form", "Tabs", "cookie_of", "is_fragment", "read_form", "refuse_foreign"]
 
 #: Bytes of a form: a .env file of 512 KB in base64, and the rest.
 MAX_FORM = 1 << 20
@@ -142,6 +143,7 @@ class Ask:
 
 
 Handler = Callable[[Ask], Awaitable[Response]]
+Open = Callable[[Request], Awaitable[Response]]
 
 
 class Tabs:
@@ -157,29 +159,43 @@ class Tabs:
     def post(self, path: str) -> Callable[[Handler], Handler]:
         return self._add(path, "POST")
 
+    def open(self, path: str, method: str, handler: Open) -> None:
+        """A route for who isn't signed in."""
+
+        async def endpoint(request: Request) -> Response:
+            response = await handler(request)
+            for name, value in _HEADERS.items():
+                response.headers.setdefault(name, value)
+            return response
+
+        self.router.add_api_route(
+            path, endpoint, methods=[method], include_in_schema=False, response_model=None
+        )
+
     def _add(self, path: str, method: str) -> Callable[[Handler], Handler]:
         def add(handler: Handler) -> Handler:
             async def endpoint(request: Request) -> Response:
-                response = await self._serve(request, handler)
-                page_headers(response)
-                return response
+                return await self._admit(request, handler)
 
-            endpoint.__name__ = handler.__name__
-            self.router.add_api_route(
-                path, endpoint, methods=[method], include_in_schema=False, response_model=None
-            )
+            self.open(path, method, endpoint)
             return handler
 
         return add
 
-    async def _serve(self, request: Request, handler: Handler) -> Response:
+    async def _admit(self, request: Request, handler: Handler) -> Response:
+        """Find the page, and serve it for as long as its API key is valid and no longer."""
         token = request.cookies.get(cookie_of(request), "")
         page = self._pages.find(token, used="x-live" not in request.headers)
-        if page is not None and not await _still_valid(self._daemon, page):
-            self._pages.close(token)
-            page = None
         if page is None:
             return _sign_in_first(request)
+        try:
+            with self._daemon.access.held(page.principal):
+                return await self._serve(request, page, handler)
+        except Unauthenticated:
+            self._pages.close(token)
+        return _sign_in_first(request)
+
+    async def _serve(self, request: Request, page: Page, handler: Handler) -> Response:
         ask = Ask(self._daemon, self._pages, page, request)
         if not room_for_one_more(page):
             busy = Unavailable("this page has too many requests under way", hint="wait a moment")
@@ -200,11 +216,6 @@ class Tabs:
             return _problem(ask, error, _STATUS.get(type(error), 500))
         finally:
             page.running -= 1
-
-
-async def _still_valid(daemon: Daemon, page: Page) -> bool:
-    """Whether the API key that the page rests on still is what it was when it signed in."""
-    return True
 
 
 async def read_form(request: Request) -> Form:
@@ -263,12 +274,6 @@ def cookie_of(request: Request) -> str:
     host = request.headers.get("host", "")
     tail = hashlib.sha256(host.encode()).hexdigest()[:8]
     return f"{'__Host-' if request.url.scheme == 'https' else ''}sandboxd-{tail}"
-
-
-def page_headers(response: Response) -> None:
-    """What every page of the dashboard says about itself."""
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
 
 
 def _sign_in_first(request: Request) -> Response:

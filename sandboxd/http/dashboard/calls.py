@@ -40,15 +40,14 @@ async def live(ask: Ask) -> Response:
 
 async def _listed(ask: Ask) -> dict[str, Any]:
     chosen = {name: ask.query(name) for name in ("agent", "tool", "outcome", "session")}
-    chosen = {name: value for name, value in chosen.items() if value}
-    if chosen.get("outcome", "") not in OUTCOMES:
-        del chosen["outcome"]
+    if chosen["outcome"] not in OUTCOMES:
+        chosen["outcome"] = ""
     waiting = (await ask("approvals.list"))["approvals"]
     return {
         "waiting": waiting,
         "calls": await calls_of(ask, **chosen),
         "chosen": chosen,
-        "query": urlencode(chosen),
+        "query": urlencode({name: value for name, value in chosen.items() if value}),
     }
 
 

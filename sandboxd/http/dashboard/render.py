@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sandboxd import visible
 
-__all__ = ["STATIC", "asset", "count", "render", "sparkline"]
+__all__ = ["STATIC", "asset", "content", "count", "digest", "render", "sparkline"]
 
 #: The package's files that browsers load, by name, with their media types.
 STATIC: Mapping[str, str] = {
@@ -126,7 +126,7 @@ def _seconds_since(value: str) -> float:
 
 def _span(seconds: float) -> str:
     for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= length:
+        if seconds >= 2 * length:
             return count(int(seconds // length), unit)
     return count(max(0, int(seconds)), "second")
 
