@@ -1,7 +1,8 @@
 """The composition root: which parts run, in which order they start, in which order they stop.
 
-Start: store, audit log, launcher, configuration, leftovers of a crash, admin socket, readiness.
-Stop: no new sessions, every session ended, the admin socket, the launcher, audit log, store.
+Start: store, audit log, launcher, configuration, leftovers of a crash, admin socket, HTTP,
+readiness. Stop: no new sessions, every session ended, HTTP and the admin socket, the launcher,
+audit log, store.
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
             store=daemon.vault.generation,
         )
         await nursery.start(_admin, daemon)
+        if boot.http is not None:
+            from sandboxd.http.serve import serve_http  # the framework, only where it is used
+
+            await nursery.start(serve_http, daemon, boot.http)
         if not daemon.launcher.cgroup.complete:
             _log.warning(
                 "limits hold for single processes, not for whole sandboxes: %s",

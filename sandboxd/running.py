@@ -28,13 +28,22 @@ from sandboxd.vault.vault import Vault
 
 if TYPE_CHECKING:
     from sandboxd.admin.server import Method
+    from sandboxd.http.listen import Listening
 
 __all__ = ["Boot", "Daemon", "load"]
 
 _log = logging.getLogger("sandboxd")
 
 #: Settings that are read once, when the daemon starts.
-_AT_START = ("key", "user", "admin_group", "log_level", "max_concurrent_calls", "uid_range")
+_AT_START = (
+    "key",
+    "user",
+    "admin_group",
+    "log_level",
+    "max_concurrent_calls",
+    "uid_range",
+    "http",
+)
 
 
 @dataclass
@@ -50,6 +59,7 @@ class Boot:
     identity: Identity | None
     lock: int
     webhook_key: Secret | None = None
+    http: Listening | None = None
 
 
 @dataclass

@@ -12,6 +12,7 @@ import trio
 from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
+from sandboxd.admin.file_methods import FileMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
 from sandboxd.admin.reach import agents_of, live_of, sees_record, tools_of
 from sandboxd.admin.server import Caller, Method, Reply
@@ -39,6 +40,7 @@ class Methods:
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
+            **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
             "status": self.status,
@@ -85,6 +87,7 @@ class Methods:
                 "config": str(boot.paths.config),
                 "state": str(boot.paths.state),
                 "runtime": str(boot.paths.runtime),
+                "http": boot.http.url if boot.http is not None else None,
                 "generation": daemon.config.generation,
                 "sessions": len(daemon.sessions.live),
                 "calls": daemon.calls.running(),

@@ -128,16 +128,16 @@ class Launcher:
     ) -> Process:
         """Start a sandbox; returns once its program runs.
 
-        ``extra`` holds the descriptors for ``spec.extra_fds`` and, where the spec has shared
-        mounts, their mount namespace. All stay the caller's to close. Raises KernelError naming
-        the system call and path that failed, or Unavailable when the launcher is gone. A cancelled
-        launch is killed.
+        ``extra`` holds the descriptors for ``spec.extra_fds``, where the spec has shared mounts
+        their mount namespace, and where it has listeners a Unix socket that brings them. All stay
+        the caller's to close. Raises KernelError naming the system call and path that failed, or
+        Unavailable when the launcher is gone. A cancelled launch is killed.
         """
         check_spec(spec)
         if self.privileged and spec.uid == 0:
             raise Invalid("a sandbox never runs as root")
-        if len(extra) != len(spec.extra_fds) + spec.brings_namespace:
-            raise Invalid("a launch needs one descriptor for each of its extra_fds")
+        if len(extra) != len(spec.extra_fds) + spec.brings_namespace + bool(spec.listeners):
+            raise Invalid("a launch needs one descriptor for each thing that it names")
         lasting = lasting_part(spec)
         data = encode_spec(spec, lasting)
         if len(data) > MAX_SPEC:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
-from sandboxd.isolation import clocks, kernel, landlock, overlay, seccomp
+from sandboxd.isolation import clocks, kernel, landlock, listeners, overlay, seccomp
 from sandboxd.isolation.root import Root, check_pin, system_layout
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
@@ -121,10 +121,12 @@ def setup_failed(number: int, failure: BaseException) -> Frame:
 
 def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
     """Build the sandbox around this process and start the program in it. Returns its pid."""
-    namespace = -1
+    namespace = outlet = -1
+    if spec.listeners:
+        *streams, outlet = streams
     if spec.brings_namespace:
         *streams, namespace = streams
-    build(spec, privileged=privileged, namespace=namespace)
+    build(spec, privileged=privileged, namespace=namespace, outlet=outlet)
     restrict(spec, streams)
     try:
         os.chdir(spec.cwd)
@@ -134,15 +136,23 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
 
 
 def build(
-    spec: LaunchSpec, *, privileged: bool, namespace: int = -1, kind: type[Root] = Root
+    spec: LaunchSpec,
+    *,
+    privileged: bool,
+    namespace: int = -1,
+    outlet: int = -1,
+    kind: type[Root] = Root,
 ) -> Root:
     """Put this process into namespaces and a root of its own, and make an ordinary user of it.
 
-    Capabilities are left in the innermost user namespace, which owns none of the others.
+    The spec's listeners go out by ``outlet``. Capabilities are left in the innermost user
+    namespace, which owns none of the others.
     """
     uid = spec.uid if privileged else os.geteuid()
     network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
     kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
+    if spec.listeners:
+        listeners.provide(spec.listeners, outlet)
     kernel.sethostname(spec.hostname)
     kernel.join_new_keyring()
     root = kind(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
@@ -161,7 +171,8 @@ def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
     kernel.drop_capabilities()
     system, _ = system_layout()
     places = landlock.places(spec, system)
-    landlock.restrict(landlock.best_abi(), places, streams, tcp=spec.network == "host")
+    ports = None if spec.network == "host" else [one.port for one in spec.listeners]
+    landlock.restrict(landlock.best_abi(), places, streams, ports=ports)
     seccomp.restrict_sandbox()
 
 

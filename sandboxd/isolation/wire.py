@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
 from sandboxd.isolation.cgroup_state import CgroupState
+from sandboxd.isolation.listeners import Listener, check_listeners
 
 __all__ = [
     "FRAME",
@@ -36,6 +37,7 @@ __all__ = [
     "Kind",
     "LaunchSpec",
     "Limits",
+    "Listener",
     "Located",
     "MountSpec",
     "OverlaySpec",
@@ -215,6 +217,9 @@ class LaunchSpec:
     limits: Limits = Limits()
     template: str = ""
     overlay: OverlaySpec | None = None
+    #: A launch with listeners brings a Unix socket as its very last descriptor, for them to be
+    #: passed out by.
+    listeners: tuple[Listener, ...] = ()
 
     @property
     def brings_namespace(self) -> bool:
@@ -253,8 +258,11 @@ def check_spec(spec: LaunchSpec) -> None:
     extra = spec.extra_fds
     if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
         raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
-    if len(extra) + spec.brings_namespace > MAX_FDS - 4:
+    if len(extra) + spec.brings_namespace + bool(spec.listeners) > MAX_FDS - 4:
         raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
+    if spec.listeners and spec.network != "none":
+        raise Invalid("a sandbox has either the host's network or listeners of its own")
+    check_listeners(spec.listeners)
     if not 0 <= spec.uid < 0xFFFFFFFF:
         raise Invalid(f"{spec.uid} is no user id")
     if any(not 0 <= getattr(spec.limits, name) < 1 << 63 for name in _LIMIT_FIELDS):
@@ -328,6 +336,11 @@ def lasting_part(spec: LaunchSpec) -> bytes:
         out.text(spec.overlay.lower)
         out.text(spec.overlay.layers)
         out.number(spec.overlay.size)
+    out.number(len(spec.listeners))
+    for one in spec.listeners:
+        out.text(one.address)
+        out.number(one.port)
+        out.text(one.name)
     return bytes(out.data)
 
 
@@ -370,6 +383,9 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         extra_fds=tuple(read.number() for _ in range(read.number())),
         limits=Limits(**{name: read.number() for name in _LIMIT_FIELDS}),
         overlay=OverlaySpec(read.text(), read.text(), read.number()) if read.number() else None,
+        listeners=tuple(
+            Listener(read.text(), read.number(), read.text()) for _ in range(read.number())
+        ),
     )
     read.end()
     return spec

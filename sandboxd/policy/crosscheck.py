@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.definitions import exposed
 from sandboxd.policy.files import Trust
 from sandboxd.policy.mcpserver import SEPARATOR
-from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy, Tool
+from sandboxd.policy.model import Agent, ApprovalSettings, HttpSettings, Mount, Policy, Tool
 from sandboxd.policy.policyfile import Written
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.toolcheck import check_environment, check_mounts
@@ -82,6 +83,27 @@ def check_settings(loaded: Loaded, problems: Problems) -> None:
             "expected a range of user ids between 65536 and 2147483646",
         )
     _check_hooks(settings.approvals, document, problems)
+    if settings.http is not None:
+        _check_http(settings.http, document, problems)
+
+
+def _check_http(http: HttpSettings, document: Document, problems: Problems) -> None:
+    """Keys travel in every request: nothing but this host may be reached without TLS."""
+    place: Place = ("http", "listen")
+    if http.listen.startswith("unix:"):
+        if http.tls is not None:
+            problems.add(
+                document.file, document.at(("http", "tls")), "a Unix socket is not served with TLS"
+            )
+        return
+    host = http.listen.rpartition(":")[0].strip("[]")
+    if http.tls is None and not ipaddress.ip_address(host).is_loopback:
+        problems.add(
+            document.file,
+            document.at(place),
+            f"{http.listen} can be reached from other hosts, which needs tls",
+            "add tls: {certificate: PATH, key: PATH}, or listen on 127.0.0.1 behind a proxy",
+        )
 
 
 def _check_hooks(approvals: ApprovalSettings, document: Document, problems: Problems) -> None:

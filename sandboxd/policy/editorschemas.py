@@ -55,6 +55,8 @@ _SECTIONS = {
     "SecretSpec": "secrets",
     "Mount": "mounts",
     "UidRange": "uid_range",
+    "HttpSettings": "http",
+    "HttpLimits": "http limits",
 }
 
 
@@ -253,6 +255,8 @@ _SPECIAL: dict[Any, Callable[[_Maker], Schema]] = {
     values.RemoteName: _text(minLength=1),
     values.ServerName: _text(r"[a-z][a-z0-9]*(?:[_-][a-z0-9]+)*", maxLength=32),
     values.WebAddress: _text("https?://.+"),
+    values.HostName: _text(r"[a-z0-9_.-]+", maxLength=253),
+    values.ListenAddress: _text(r"unix:/.+|[0-9.]+:[0-9]{1,5}|\[[0-9a-f:.]+\]:[0-9]{1,5}"),
     values.Slug: _text(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"),
     values.ToolName: _text(r"[a-z][A-Za-z0-9_-]{0,63}"),
     values.VariableName: _text(r"[A-Za-z_][A-Za-z0-9_]{0,127}"),

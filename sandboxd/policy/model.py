@@ -25,7 +25,9 @@ from sandboxd.policy.values import (
     Count,
     Duration,
     Glob,
+    HostName,
     Line,
+    ListenAddress,
     Processors,
     ProgramPath,
     Size,
@@ -46,6 +48,8 @@ __all__ = [
     "Concurrency",
     "Condition",
     "Config",
+    "HttpLimits",
+    "HttpSettings",
     "Key",
     "Limits",
     "Mount",
@@ -54,6 +58,7 @@ __all__ = [
     "SecretSpec",
     "Settings",
     "Stdin",
+    "Tls",
     "Tool",
     "UidRange",
     "Webhook",
@@ -213,6 +218,38 @@ class ApprovalSettings:
 
 
 @attrs.frozen
+class Tls:
+    """A certificate (with its chain) and its private key, as PEM files."""
+
+    certificate: AbsolutePath
+    key: AbsolutePath
+
+
+@attrs.frozen
+class HttpLimits:
+    """What one client of the HTTP API may take. ``requests`` are a second, ``failures`` a minute.
+
+    ``requests`` holds for each key or token, four times as much for each source address;
+    ``failures`` are attempts with wrong keys from one source.
+    """
+
+    body: Size = Size(16 << 20)
+    connections: Count = Count(256)
+    requests: Count = Count(50)
+    failures: Count = Count(10)
+
+
+@attrs.frozen
+class HttpSettings:
+    """Where the HTTP API listens, for whom, and by which names clients may call it."""
+
+    listen: ListenAddress = ListenAddress("127.0.0.1:7621")
+    tls: Tls | None = None
+    hosts: tuple[HostName, ...] = ()
+    limits: HttpLimits = HttpLimits()
+
+
+@attrs.frozen
 class Settings:
     """sandboxd.yaml."""
 
@@ -224,6 +261,7 @@ class Settings:
     max_concurrent_calls: Count = Count(16)
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
     approvals: ApprovalSettings = ApprovalSettings()
+    http: HttpSettings | None = None  # None: not served
 
 
 @attrs.frozen

@@ -31,6 +31,7 @@ from sandboxd.policy import Agent, Config
 from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
 from sandboxd.sessions.changes import Changes
+from sandboxd.sessions.files import Files
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
 from sandboxd.sessions.session import Ending, Session
@@ -100,6 +101,8 @@ class Manager:
         self._nursery = nursery
         #: What sessions changed in copy-on-write workspaces.
         self.changes = Changes(paths=paths, launcher=launcher, uids=uids, audit=audit)
+        #: What is in the workspaces of live sessions.
+        self.files = Files(launcher=launcher, uids=uids, audit=audit)
         self._closing = False
         self._starting = 0
         self._unwritten: list[SessionRecord] = []
@@ -312,8 +315,13 @@ class Manager:
         """Serve the broker socket while the agent's process lives; its calls end with it."""
         async with trio.open_nursery() as serving:
             await serving.start(partial(self._serve, session))
-            running(await self._launch(session, request, serving))
-            await self._until_end(session)
+            fds = await self._launch(session, request, serving)
+            session.tasks = serving
+            running(fds)
+            try:
+                await self._until_end(session)
+            finally:
+                session.tasks = None
             serving.cancel_scope.cancel()
 
     async def _launch(

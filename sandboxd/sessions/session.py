@@ -47,6 +47,8 @@ class Session:
     #: The mount namespace that holds the copy-on-write view of the workspace; -1: there is none.
     overlay: int = -1
     process: Process | None = None
+    #: Work on behalf of the session while it runs; cancelled, and waited for, when it ends.
+    tasks: trio.Nursery | None = None
     stop_reason: str = ""
     ending: Ending | None = None
     ended: trio.Event = field(default_factory=trio.Event)
