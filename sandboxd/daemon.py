@@ -11,13 +11,15 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from socket import socket
 
 import trio
 
+from sandboxd.access.control import Access, Dependent
 from sandboxd.admin.methods import Methods
 from sandboxd.admin.perform import guarded
 from sandboxd.admin.server import Caller, serve_admin
@@ -26,14 +28,14 @@ from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.calls import Bounds, Calls
 from sandboxd.broker.hooks import Hooks
 from sandboxd.broker.socket import serve_session_socket
-from sandboxd.errors import SandboxdError, Unavailable
+from sandboxd.errors import SandboxdError, Unauthenticated, Unavailable
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.mcpserver import with_pins
 from sandboxd.policy.pinstore import PinStore
 from sandboxd.running import Boot, Daemon, load
 from sandboxd.service import Service
-from sandboxd.sessions.manager import Manager
+from sandboxd.sessions.manager import Manager, Request
 from sandboxd.sessions.session import Session
 from sandboxd.vault.vault import Vault
 
@@ -96,6 +98,9 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
         nursery.start_soon(_fail_without_launcher, daemon)
         nursery.start_soon(_watchdog, boot.service)
         nursery.start_soon(hooks.run)
+        nursery.start_soon(daemon.access.run)
+        for warning in daemon.access.warnings:
+            _log.warning("%s", warning)
         boot.service.ready(daemon.status())
         _log.info("serving on %s, %s mode", boot.paths.admin_socket, daemon.launcher.mode)
         await _until_told_to_stop(daemon, signals)
@@ -163,6 +168,19 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         bridge=files("sandboxd.broker").joinpath("bridge.py").read_bytes(),
         nursery=nursery,
     )
+
+    async def stop(rests: Callable[[Dependent], bool], reason: str) -> Sequence[Dependent]:
+        return await daemon.sessions.stop_where(rests, reason, grace=0)
+
+    daemon.access = await trio.to_thread.run_sync(
+        partial(Access, daemon.vault, daemon.audit, config=lambda: daemon.config, stop=stop)
+    )
+
+    def admit(request: Request) -> None:
+        if not daemon.access.admits(request.key, request.token):
+            raise Unauthenticated
+
+    daemon.sessions.admit = admit
     daemon.methods = guarded(daemon, Methods(daemon).table())
 
 

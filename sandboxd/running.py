@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from sandboxd.access.control import Access
 from sandboxd.audit import AuditLog
 from sandboxd.broker.calls import Calls
 from sandboxd.errors import SandboxdError, Unavailable
@@ -75,6 +76,7 @@ class Daemon:
     started_at: float = field(default_factory=time.time)
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
+    access: Access = field(init=False)
     #: What operators can ask of it, each method behind its permission and team.
     methods: Mapping[str, Method] = field(init=False)
     #: Servers whose manifest names definitions that they were asked about already.
@@ -152,7 +154,7 @@ class Daemon:
                 "sandboxd.yaml: the webhook's new secret takes effect at the next start of the "
                 "daemon"
             )
-        return [*self.config.warnings, *waiting]
+        return [*self.config.warnings, *self.access.warnings, *waiting]
 
     def status(self) -> str:
         count = len(self.sessions.live)

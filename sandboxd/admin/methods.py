@@ -13,6 +13,7 @@ from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.file_methods import FileMethods
+from sandboxd.admin.key_methods import KeyMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
 from sandboxd.admin.reach import agents_of, live_of, sees_record, tools_of
 from sandboxd.admin.server import Caller, Method, Reply
@@ -43,6 +44,7 @@ class Methods:
             **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
+            **KeyMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,

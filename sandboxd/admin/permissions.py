@@ -87,6 +87,16 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tools.forget": Need("host", "host"),
         "policy.explain": Need("policies.read", "agent"),
         "policy.outlook": Need("policies.read", "own"),
+        "keys.list": Need("keys.read", "team"),
+        "keys.show": Need("keys.read", "own"),
+        "keys.create": Need("keys.manage", "team"),
+        "keys.deactivate": Need("keys.manage", "own"),
+        "keys.rotate": Need("keys.manage", "own"),
+        "tokens.create": Need("tokens.create", "team"),
+        "tokens.revoke": Need("tokens.revoke", "team"),
+        # The key signs every team's tokens.
+        "tokens.rotate_key": Need("host", "host"),
+        "tokens.jwks": Need("agents.read", "own"),
         "audit.tail": Need("audit.read", "own"),
         # One chain holds every team's records, and it is whole or it isn't.
         "audit.verify": Need("host", "host"),

@@ -23,6 +23,7 @@ from sandboxd.errors import (
     NotFound,
     SandboxdError,
     StoreError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -58,7 +59,16 @@ INTERNAL = -32603
 _FAILED = -32000
 
 _CLASSES: dict[str, type[SandboxdError]] = {
-    kind.code: kind for kind in (ConfigError, Conflict, Invalid, NotFound, StoreError, Unavailable)
+    kind.code: kind
+    for kind in (
+        ConfigError,
+        Conflict,
+        Invalid,
+        NotFound,
+        StoreError,
+        Unauthenticated,
+        Unavailable,
+    )
 }
 
 

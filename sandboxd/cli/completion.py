@@ -17,7 +17,7 @@ from sandboxd.errors import SandboxdError
 
 __all__ = ["Node", "add", "nodes"]
 
-_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals")
+_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals", "keys")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def print_names(args: argparse.Namespace) -> int:
                 names = [row["id"] for row in daemon.call("session.list", all=False)["sessions"]]
             elif args.kind == "approvals":
                 names = [row["id"] for row in daemon.call("approvals.list")["approvals"]]
+            elif args.kind == "keys":
+                names = [row["id"] for row in daemon.call("keys.list", all=False)["keys"]]
             elif args.agent:
                 rows = daemon.call("env.list", agent=args.agent)["variables"]
                 names = [row["name"] for row in rows]

@@ -22,6 +22,8 @@ NOUNS: dict[str, tuple[str, str]] = {
     "tools": ("tools", "the tools that agents can call: list, check, write, try and run them"),
     "policy": ("policy", "check policies, explain a decision, see what a reload would change"),
     "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
+    "keys": ("keys", "API keys, for who comes in over HTTP: make, list, rotate, deactivate"),
+    "tokens": ("tokens", "short-lived tokens for an application's users: make, revoke"),
     "audit": ("audit", "read and verify the audit log"),
     "config": ("config", "check the configuration, print its schemas"),
     "reload": ("status", "apply a changed configuration"),

@@ -3,7 +3,7 @@
 The master key wraps two kinds of key. The *integrity key* signs every variable row, and the set of
 all rows together with a generation number, so that a changed, moved, removed or older row is
 noticed; it also keys fingerprints. A team's *data key* seals its values. Both are random, so that
-a new master key only has to wrap them again.
+a new master key only has to wrap them again. API keys and revocations are signed like variables.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from sandboxd.secret import Secret
 from sandboxd.vault.custody import MasterKey
 from sandboxd.vault.envelope import Box, Digest, Field, new_key, pack
 from sandboxd.vault.guard import Guard
-from sandboxd.vault.store import Header, KeyRow, Store, Transaction, VariableRow
+from sandboxd.vault.store import (
+    ApiKeyRow,
+    Header,
+    KeyRow,
+    RevocationRow,
+    Store,
+    Transaction,
+    VariableRow,
+)
 
 __all__ = ["Change", "Ledger", "corrupted"]
 
@@ -60,7 +68,7 @@ class Ledger:
             mark = guard.read()
             header = tx.header()
             if header is None:
-                if tx.key_rows() or any(True for _ in tx.digests()):
+                if tx.key_rows() or any(True for _ in tx.digests()) or tx.api_key_rows():
                     raise StoreError("the store is corrupted: its header is gone", hint=_RESTORE)
                 if mark is not None:
                     raise StoreError(
@@ -140,6 +148,51 @@ class Ledger:
             raise corrupted(row, "its row was changed or moved")
         if not self._uses.matches(row.used_digest, *_use_fields(row)):
             raise corrupted(row, "its time of last use was changed")
+
+    def signed_key(self, row: ApiKeyRow) -> ApiKeyRow:
+        """The API key's row with its digests made."""
+        return dataclasses.replace(
+            row,
+            digest=self._api_keys.of(*_api_key_fields(row)),
+            used_digest=self._api_key_uses.of(row.id, row.last_used_at),
+        )
+
+    def signed_revocation(self, row: RevocationRow) -> RevocationRow:
+        return dataclasses.replace(row, digest=self._revocations.of(*_revocation_fields(row)))
+
+    def api_keys(self, tx: Transaction) -> list[ApiKeyRow]:
+        """Every API key, authenticated. StoreError names the one that isn't as it was signed."""
+        rows = tx.api_key_rows()
+        for row in rows:
+            if not self._api_keys.matches(row.digest, *_api_key_fields(row)):
+                raise _corrupted_key(row, "its row was changed or moved")
+            if not self._api_key_uses.matches(row.used_digest, row.id, row.last_used_at):
+                raise _corrupted_key(row, "its time of last use was changed")
+        return rows
+
+    def revocations(self, tx: Transaction) -> list[RevocationRow]:
+        """Every revocation of tokens, authenticated."""
+        rows = tx.revocation_rows()
+        for row in rows:
+            if not self._revocations.matches(row.digest, *_revocation_fields(row)):
+                raise StoreError(
+                    f"the store is corrupted: the revocation of {shown(str(row.kind))} "
+                    f"{shown(str(row.what))} was changed or moved",
+                    hint=_RESTORE,
+                )
+        return rows
+
+    def keys_of(self, tx: Transaction, purpose: str) -> list[tuple[KeyRow, Secret]]:
+        """The store's own keys of one purpose, oldest first, unwrapped."""
+        header = tx.header()
+        assert header is not None  # every transaction that comes here was verified
+        found = sorted((row for row in tx.key_rows() if row.purpose == purpose), key=_key_order)
+        return [(row, self._unwrapped(row, header)) for row in found]
+
+    def add_key(self, change: Change, purpose: str, key_id: int, key: Secret, at: float) -> None:
+        """Keep a key of the store's own, wrapped as all of them are."""
+        row = dataclasses.replace(self._key_row(purpose, "", key_id), created_at=at)
+        change.tx.put_key(self._wrapped(row, key, change.header))
 
     def seal(self, agent: str, name: str, version: int, value: Secret) -> tuple[int, bytes, bytes]:
         """Key id, nonce and ciphertext under the current data key. Only inside a change."""
@@ -229,6 +282,9 @@ class Ledger:
         self._guards = Digest(key, "guard")
         self._fingerprints = Digest(key, "fingerprint")
         self._subkeys = Digest(key, "subkey")
+        self._api_keys = Digest(key, "api key")
+        self._api_key_uses = Digest(key, "api key use")
+        self._revocations = Digest(key, "revocation")
 
     def _verified(self, tx: Transaction) -> Header:
         """The header, when the store as a whole is what was last signed; learns new data keys."""
@@ -303,6 +359,14 @@ def corrupted(row: VariableRow, why: str) -> StoreError:
     )
 
 
+def _corrupted_key(row: ApiKeyRow, why: str) -> StoreError:
+    return StoreError(f"the store is corrupted: API key {shown(str(row.id))}: {why}", hint=_RESTORE)
+
+
+def _key_order(row: KeyRow) -> int:
+    return row.id
+
+
 def _key_check(key: MasterKey) -> bytes:
     return bytes.fromhex(key.id)
 
@@ -329,6 +393,29 @@ def _row_fields(row: VariableRow) -> tuple[Field, ...]:
     )
 
 
+def _api_key_fields(row: ApiKeyRow) -> tuple[Field, ...]:
+    """Every column but the digests and the time of last use."""
+    return (
+        row.id,
+        row.team,
+        row.label,
+        row.role,
+        row.agents,
+        row.prefix,
+        row.hash,
+        row.created_at,
+        row.created_by,
+        row.expires_at,
+        row.ended_at,
+        row.ended_by,
+        row.replaces,
+    )
+
+
+def _revocation_fields(row: RevocationRow) -> tuple[Field, ...]:
+    return row.team, row.kind, row.what, row.at, row.by
+
+
 def _use_fields(row: VariableRow) -> tuple[Field, ...]:
     return row.team, row.agent, row.name, row.version, row.last_used_at
 
@@ -339,3 +426,12 @@ def _whole_fields(tx: Transaction, header: Header) -> Iterator[Field]:
         yield from (key.purpose, key.team, key.id, key.created_at, key.nonce, key.wrapped)
     for digest in tx.digests():
         yield from digest
+    # A number apart from each kind of rows: those of one can't pose as another's.
+    if api_keys := tx.api_key_rows():
+        yield len(api_keys)
+        for api_key in api_keys:
+            yield from (api_key.id, api_key.digest)
+    if revocations := tx.revocation_rows():
+        yield from (0, len(revocations))
+        for revocation in revocations:
+            yield revocation.digest

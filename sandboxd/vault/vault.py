@@ -13,6 +13,7 @@ from types import MappingProxyType
 from sandboxd.errors import Denied, Invalid, NotFound, StoreError
 from sandboxd.names import agent_slug, loader_reason, shown, variable_name, variable_value
 from sandboxd.secret import Secret
+from sandboxd.vault.credentials import Credentials
 from sandboxd.vault.custody import MasterKey
 from sandboxd.vault.guard import Guard
 from sandboxd.vault.ledger import Ledger
@@ -93,6 +94,8 @@ class Vault:
 
     def __init__(self, ledger: Ledger, team: str, clock: Callable[[], float]) -> None:
         self._ledger, self._team, self._clock = ledger, team, clock
+        #: API keys, revoked tokens and the keys that sign tokens.
+        self.credentials = Credentials(ledger)
         with ledger.read() as tx:
             self._revoked = {
                 (row.agent, row.name): row.revoked_up_to
