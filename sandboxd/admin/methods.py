@@ -12,6 +12,7 @@ import trio
 from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
+from sandboxd.admin.dashboard_methods import DashboardMethods
 from sandboxd.admin.file_methods import FileMethods
 from sandboxd.admin.key_methods import KeyMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
@@ -45,6 +46,7 @@ class Methods:
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
             **KeyMethods(self._daemon).table(),
+            **DashboardMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,

@@ -28,7 +28,7 @@ from sandboxd.errors import (
     Unauthenticated,
     Unavailable,
 )
-from sandboxd.http.dashboard.pages import Page, Pages, room_for_one_more, same
+from sandboxd.access.pages import Page, Pages, room_for_one_more, same
 from sandboxd.http.dashboard.render import render
 from sandboxd.running import Daemon
 

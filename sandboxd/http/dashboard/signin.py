@@ -14,7 +14,7 @@ from sandboxd.http.dashboard.asking import (
     read_form,
     refuse_foreign,
 )
-from sandboxd.http.dashboard.pages import Pages
+from sandboxd.access.pages import Pages
 from sandboxd.http.dashboard.render import STATIC, content, digest, render
 from sandboxd.http.errors import Refusal
 from sandboxd.running import Daemon

@@ -106,18 +106,17 @@ class Pages:
 
     async def end_key(self, key: str) -> None:
         """End every page and link that rests on this API key, at once."""
-        for at in [at for at, page in self._pages.items() if page.principal.key == key]:
-            del self._pages[at]
-        for at in [at for at, (who, _) in self._links.items() if who.key == key]:
-            del self._links[at]
+        self.end(lambda principal: principal.key == key)
 
-    def end_all(self) -> int:
-        """End every page and link; how many pages there were."""
+    def end(self, ends: Callable[[Principal], bool]) -> int:
+        """End the pages and links of these principals; how many pages there were."""
         self._sweep()
-        count = len(self._pages)
-        self._pages.clear()
-        self._links.clear()
-        return count
+        found = [at for at, page in self._pages.items() if ends(page.principal)]
+        for at in found:
+            del self._pages[at]
+        for at in [at for at, (who, _) in self._links.items() if ends(who)]:
+            del self._links[at]
+        return len(found)
 
     def link(self, principal: Principal) -> Secret:
         """A code that signs ``principal`` in, once and within :data:`LINK_LIFETIME` seconds."""
