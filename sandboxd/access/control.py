@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from sandboxd.access.clock import ForwardClock
+from sandboxd.access.ending import Dependent, Ending, StopWhere
 from sandboxd.access.issuer import Issuer, checked_jti, checked_subject
 from sandboxd.access.keys import (
     ApiKey,
@@ -28,9 +29,8 @@ from sandboxd.access.keys import (
     prefix_of,
     row_of,
 )
-from sandboxd.access.leases import Leases
 from sandboxd.access.roles import Principal
-from sandboxd.access.scopes import new_key_role, reaches_key, scope_of
+from sandboxd.access.scopes import has_team, new_key_role, reaches_key, scope_of
 from sandboxd.access.tokens import LEEWAY, MAX_BEARER, Clock, Token
 from sandboxd.access.uses import Uses
 from sandboxd.audit import AuditLog
@@ -49,31 +49,12 @@ from sandboxd.secret import Secret
 from sandboxd.vault.store import ApiKeyRow
 from sandboxd.vault.vault import Vault
 
-__all__ = ["Access", "Dependent"]
+__all__ = ["Access"]
 
 #: Seconds between two looks at a clock that may be set forward.
 _LOOK = 30.0
 
 _log = logging.getLogger(__name__)
-
-
-class Dependent(Protocol):
-    """A session, as far as it rests on a key."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def team(self) -> str: ...
-    @property
-    def key(self) -> str: ...
-    @property
-    def token(self) -> str: ...
-    @property
-    def subject(self) -> str: ...
-
-
-#: Ends every session of which the first argument is true, giving the second as the reason.
-StopWhere = Callable[[Callable[[Dependent], bool], str], Awaitable[Sequence[Dependent]]]
 
 
 class Access:
@@ -89,12 +70,12 @@ class Access:
         clock: Clock | None = None,
     ) -> None:
         """Reads the store. Raises StoreError for a row that does not authenticate."""
-        self._kept, self._audit, self._config, self._stop = vault.credentials, audit, config, stop
+        self._kept, self._audit, self._config = vault.credentials, audit, config
         rows = self._kept.api_keys()
         self._keys = KeyRing(rows, vault.subkey("api keys"))
         self._clock = clock or ForwardClock(_newest(rows))
         self._issuer = Issuer(self._kept, audit, self._clock)
-        self._leases = Leases()
+        self._ending = Ending(stop)
         #: Keys that are refused before the disk says so.
         self._refused: set[str] = set()
         now = self._clock()
@@ -102,7 +83,7 @@ class Access:
         self._uses = Uses(self._kept.touch)
         self._changed, self._turn = trio.Event(), trio.Lock()
         #: Told the id of each key that was deactivated or expired, before its end is reported.
-        self.on_deactivated: list[Callable[[str], Awaitable[None]]] = []
+        self.on_deactivated = self._ending.listeners
 
     # -- who it is ------------------------------------------------------------------------------
 
@@ -178,7 +159,7 @@ class Access:
         """
         self.check(principal)
         ends = principal.expires_at
-        with self._leases.hold(
+        with self._ending.leases.hold(
             principal, None if ends is None else ends + LEEWAY - self._clock()
         ) as scope:
             yield
@@ -271,7 +252,7 @@ class Access:
                 problem = failure.message
             else:
                 self._refused.discard(id)
-            sessions = await self._end_key(id, f"its API key was deactivated by {by.name}")
+            sessions = await self._ending.of_key(id, f"its API key was deactivated by {by.name}")
         if problem:
             raise StoreError(
                 f"API key {id} is refused and its sessions are ended, but not durably: {problem}",
@@ -376,7 +357,7 @@ class Access:
             await self._audit.append("tokens.key_rotated", by=by.name, now=now)
             await self._issuer.rotate(now=now)
             reason = "the key that signs tokens was replaced"
-            ended = await self._end(_by_token, _by_token, reason) if now else []
+            ended = await self._ending.where(_by_token, _by_token, reason) if now else []
         return list(ended)
 
     async def jwks(self) -> dict[str, Any]:
@@ -424,14 +405,14 @@ class Access:
                 await self._audit.append("key.expired", key=key.id, team=key.team)
             except SandboxdError as failure:
                 _log.error("API key %s expired: %s", key.id, failure.message)
-            await self._end_key(key.id, "its API key expired")
+            await self._ending.of_key(key.id, "its API key expired")
 
     # -- inside ---------------------------------------------------------------------------------
 
     def _usable(self, key: ApiKey) -> bool:
         # Every question is asked, whatever the answers: a refusal takes the same steps.
         active, refused = key.state(self._clock()) == "active", key.id in self._refused
-        return self._config().settings.has_team(key.team) and active and not refused
+        return has_team(self._config(), key.team) and active and not refused
 
     def _current(self, key: ApiKey) -> ApiKey:
         used = self._uses.latest(key.id, key.last_used_at)
@@ -483,32 +464,13 @@ class Access:
                     return False
                 return what == (one.token if kind == "token" else one.subject)
 
-            sessions = await self._end(rests, rests, f"its token was revoked by {by.name}")
+            sessions = await self._ending.where(rests, rests, f"its token was revoked by {by.name}")
         if problem is not None:
             raise StoreError(
                 f"it is refused and its sessions are ended, but not durably: {problem.message}",
                 hint="repair the disk and revoke it again before the daemon is restarted",
             )
         return sessions
-
-    async def _end_key(self, id: str, reason: str) -> list[str]:
-        sessions = await self._end(lambda one: one.key == id, lambda one: one.key == id, reason)
-        for told in self.on_deactivated:
-            await told(id)
-        return sessions
-
-    async def _end(
-        self,
-        rests: Callable[[Dependent], bool],
-        asks: Callable[[Principal], bool],
-        reason: str,
-    ) -> list[str]:
-        """Stop every session and request that rests on what ended; the ids of the sessions."""
-        ended = {one.id: None for one in await self._stop(rests, reason)}
-        await self._leases.end(asks)
-        # A request that could not be cancelled may have started one more before it left.
-        ended |= {one.id: None for one in await self._stop(rests, reason)}
-        return list(ended)
 
 
 def _by_token(one: Dependent | Principal) -> bool:

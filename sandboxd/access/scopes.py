@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from sandboxd.access.keys import ApiKey
 from sandboxd.access.roles import KEY_ROLES, PERMISSIONS, Principal, Role
 from sandboxd.errors import Denied, Invalid, NotFound
 from sandboxd.names import shown
-from sandboxd.policy import Config
+from sandboxd.policy import Agent, Config
 
-__all__ = ["key_role", "new_key_role", "reaches_key", "scope_of"]
+__all__ = ["has_team", "key_role", "new_key_role", "reaches_key", "scope_of"]
 
 MAX_AGENTS = 32
 
@@ -32,7 +32,7 @@ def scope_of(config: Config, principal: Principal, agents: Collection[str]) -> t
         raise Invalid(f"name 1 to {MAX_AGENTS} agents, or none for all")
     for slug in agents:
         agent = config.agents.get(slug)
-        if agent is None or not principal.reaches(agent.team, slug):
+        if agent is None or not principal.reaches(team_of(agent), slug):
             raise NotFound(f"no agent {shown(slug)}", hint="see: sandboxctl agents")
     return tuple(sorted(set(agents)))
 
@@ -46,7 +46,7 @@ def new_key_role(
     reach, Denied for a key that could do more than who makes it.
     """
     checked = key_role(role)
-    if not config.settings.has_team(team) or by.team not in (None, team):
+    if not has_team(config, team) or by.team not in (None, team):
         raise NotFound(f"no team {shown(team)}", hint="teams are listed in sandboxd.yaml")
     if agents is None and checked == "developer":
         raise Invalid("a developer's key is for named agents", hint="name them: --agent AGENT")
@@ -57,6 +57,16 @@ def new_key_role(
     if not PERMISSIONS[checked] <= PERMISSIONS[by.role]:
         raise Denied(f"a key of the role {by.role} can't make one of the role {checked}")
     return checked
+
+
+def has_team(config: Config, team: str) -> bool:
+    """Whether agents and keys can be of this team."""
+    known: Callable[[str], bool] | None = getattr(config.settings, "has_team", None)
+    return team == "default" if known is None else known(team)
+
+
+def team_of(agent: Agent) -> str:
+    return str(getattr(agent, "team", "default"))
 
 
 def key_role(role: Any) -> Role:

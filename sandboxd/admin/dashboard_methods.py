@@ -10,11 +10,11 @@ import trio
 
 from sandboxd.access.pages import LINK_LIFETIME
 from sandboxd.access.roles import Principal, Role
+from sandboxd.access.scopes import has_team
 from sandboxd.admin.params import iso, param, thread
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Denied, Invalid, NotFound, Unavailable
 from sandboxd.names import shown
-from sandboxd.policy.model import DEFAULT_TEAM
 from sandboxd.running import Daemon
 
 __all__ = ["DashboardMethods"]
@@ -22,6 +22,9 @@ __all__ = ["DashboardMethods"]
 #: What somebody on the admin socket can be on a page. A page is never the host's: what concerns
 #: every team isn't done in a browser.
 _ROLES: Mapping[str, Role] = {"owner": "owner", "operator": "operator", "viewer": "viewer"}
+
+#: The team of who names none.
+_TEAM = "default"
 
 #: Seconds for which a verification of the whole log stands for the next one who asks.
 _FRESH = 15.0
@@ -114,9 +117,9 @@ class DashboardMethods:
         if role is not None and role not in _ROLES:
             raise Invalid(f"role is one of {', '.join(_ROLES)}")
         return Principal(
-            "page", f"{principal.name} by link", _ROLES[role or "owner"], team or str(DEFAULT_TEAM)
+            "page", f"{principal.name} by link", _ROLES[role or "owner"], team or _TEAM
         )
 
     def _check_team(self, team: str | None) -> None:
-        if team is not None and not self._daemon.config.settings.has_team(team):
+        if team is not None and not has_team(self._daemon.config, team):
             raise NotFound(f"no team {shown(team)}", hint="teams are listed in sandboxd.yaml")

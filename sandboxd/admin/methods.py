@@ -13,6 +13,7 @@ from sandboxd import __version__
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.dashboard_methods import DashboardMethods
+from sandboxd.admin.exec_methods import ExecMethods
 from sandboxd.admin.file_methods import FileMethods
 from sandboxd.admin.key_methods import KeyMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
@@ -41,6 +42,7 @@ class Methods:
             **VariableMethods(self._daemon).table(),
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
+            **ExecMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
             **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),

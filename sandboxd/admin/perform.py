@@ -18,12 +18,12 @@ from sandboxd.access.roles import PERMISSIONS, Permission, Principal
 from sandboxd.admin.params import param, slug, strings
 from sandboxd.admin.permissions import NEEDS, Need
 from sandboxd.admin.reach import no_agent, question_of, sees_agent, session_of, tools_of
-from sandboxd.admin.server import Caller, Method, Reply, clean_up
+from sandboxd.admin.server import Caller, Method, Reply, clean_up, only_expected
 from sandboxd.errors import Denied, Invalid, NotFound
 from sandboxd.names import shown
 from sandboxd.running import Daemon
 
-__all__ = ["guarded", "perform", "stream"]
+__all__ = ["guarded", "perform", "stream", "streams"]
 
 
 def guarded(daemon: Daemon, table: Mapping[str, Method]) -> dict[str, Method]:
@@ -49,6 +49,8 @@ async def perform(
         for fd in reply.fds:
             os.close(fd)
         return reply.result
+    except BaseExceptionGroup as group:
+        raise only_expected(group) or group from None
     finally:
         with trio.CancelScope(shield=True):
             await clean_up(caller)
@@ -76,9 +78,16 @@ async def stream(
                 if isinstance(item, Reply):
                     return
                 yield item
+    except BaseExceptionGroup as group:
+        raise only_expected(group) or group from None
     finally:
         with trio.CancelScope(shield=True):
             await clean_up(caller)
+
+
+def streams(daemon: Daemon, method: str) -> bool:
+    """Whether the method's answer is a stream. NotFound where there is no such method."""
+    return inspect.isasyncgenfunction(_method(daemon, method))
 
 
 def _method(daemon: Daemon, name: str) -> Method:

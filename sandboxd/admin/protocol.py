@@ -28,6 +28,7 @@ from sandboxd.errors import (
 )
 
 __all__ = [
+    "BEAT_SECONDS",
     "INTERNAL",
     "INVALID_REQUEST",
     "MAX_FDS",
@@ -51,6 +52,9 @@ MAX_LINE = 16 * 1024 * 1024
 
 #: Most descriptors that one reply brings; the kernel's own limit is 253 (SCM_MAX_FD).
 MAX_FDS = 8
+
+#: Over HTTP: seconds of silence after which the server sends an empty line.
+BEAT_SECONDS = 15.0
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600

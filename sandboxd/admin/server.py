@@ -34,7 +34,7 @@ from sandboxd.errors import Conflict, Denied, Invalid, NotFound, SandboxdError
 from sandboxd.names import shown
 from sandboxd.paths import MAX_SOCKET_PATH
 
-__all__ = ["Caller", "Method", "Reply", "clean_up", "serve_admin"]
+__all__ = ["Caller", "Method", "Reply", "clean_up", "only_expected", "serve_admin"]
 
 #: Requests that one connection may have running, and connections that the socket serves.
 MAX_RUNNING = 32
@@ -332,7 +332,7 @@ async def clean_up(caller: Caller) -> None:
 
 
 def _failed(id: Any, method: str, error: Exception) -> dict[str, Any]:
-    expected = _only_expected(error)
+    expected = only_expected(error)
     if expected is not None:
         return protocol.failure(id, expected)
     _log.error("admin method %s failed: %s", method, _where(error))
@@ -344,12 +344,12 @@ def _failed(id: Any, method: str, error: Exception) -> dict[str, Any]:
     return protocol.failure(id, internal, protocol.INTERNAL)
 
 
-def _only_expected(error: BaseException) -> SandboxdError | None:
+def only_expected(error: BaseException) -> SandboxdError | None:
     """The one SandboxdError that an exception or a nursery's group of them consists of."""
     if isinstance(error, SandboxdError):
         return error
     if isinstance(error, BaseExceptionGroup):
-        found = [_only_expected(inner) for inner in error.exceptions]
+        found = [only_expected(inner) for inner in error.exceptions]
         return found[0] if all(one is not None for one in found) else None
     return None
 

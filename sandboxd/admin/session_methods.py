@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import signal
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,17 @@ from sandboxd.errors import Invalid, NotFound
 from sandboxd.names import shown
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
-from sandboxd.sessions.manager import GRACE_SECONDS, Request
+from sandboxd.sessions.manager import GRACE_SECONDS, Request, Started
 from sandboxd.sessions.output import read_log
-from sandboxd.sessions.session import Session
+from sandboxd.sessions.session import Ending, Session
 from sandboxd.sessions.usage import Usage, usage, usages
 from sandboxd.vault.store import SessionRecord
 
 __all__ = ["SessionMethods", "find_record"]
+
+
+#: Why a session ended whose operator went away.
+_LEFT = "its operator left"
 
 
 class SessionMethods:
@@ -37,6 +42,7 @@ class SessionMethods:
     def table(self) -> Mapping[str, Method]:
         return {
             "session.start": self.start,
+            "session.run": self.run,
             "session.wait": self.wait,
             "session.list": self.list_,
             "session.show": self.show,
@@ -46,37 +52,54 @@ class SessionMethods:
         }
 
     async def start(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        request = Request(
-            agent=slug(params),
-            args=tuple(strings(params, "args")) if "args" in params else (),
-            by=caller.name,
-            tty=bool(params.get("tty")),
-            attach=bool(params.get("attach")),
-            rows=bounded(params, "rows", 24),
-            columns=bounded(params, "cols", 80),
-            term=str(params.get("term") or ""),
-        )
+        request = _request(caller, params)
         if request.tty and not request.attach:
             raise Invalid("a terminal needs somebody attached to it")
         if request.attach and not caller.attachable:
             raise Invalid(
                 "nobody can be attached to a session over HTTP",
-                hint="start it in the background and follow its output: session.logs",
+                hint="session.run streams its output; session.start leaves it in the background",
             )
-        await take_named(self._daemon, request.agent)
-        manager = self._daemon.sessions
-        # A client that leaves right now must not leave a session that nobody knows of.
-        with trio.CancelScope(shield=True):
-            started = await manager.start(request)
+        started = await self._start(request)
         session = started.session
         if request.attach:
 
             async def gone() -> None:
                 if not session.ended.is_set():
-                    await manager.stop(session, reason="its operator left")
+                    await self._daemon.sessions.stop(session, reason=_LEFT)
 
             caller.on_disconnect(gone)
         return Reply({"id": session.id, "pid": session.pid}, started.fds)
+
+    async def run(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """A session in the foreground where no descriptor can be passed: its id, its output as it
+        comes, how it ended. It ends when its caller leaves.
+        """
+        request = _request(caller, params)
+        if request.tty or request.attach:
+            raise Invalid("session.run has neither a terminal nor standard input")
+        session = (await self._start(request)).session
+        try:
+            yield {"id": session.id, "pid": session.pid}
+            directory = self._daemon.boot.paths.logs / session.id
+            recorder = self._daemon.sessions.recorder(session.id)
+            async with aclosing(read_log(directory, recorder, follow=True)) as chunks:
+                async for chunk in chunks:
+                    yield {"data": base64.b64encode(chunk).decode()}
+            await session.ended.wait()
+        finally:
+            if not session.ended.is_set():
+                with trio.CancelScope(shield=True):
+                    await self._daemon.sessions.stop(session, reason=_LEFT)
+        assert session.ending is not None
+        yield {"ended": _ended(session.ending)}
+
+    async def _start(self, request: Request) -> Started:
+        await take_named(self._daemon, request.agent)
+        # A client that leaves right now must not leave a session that nobody knows of.
+        with trio.CancelScope(shield=True):
+            started = await self._daemon.sessions.start(request)
+        return started  # noqa: RET504 - mypy takes the scope for one that swallows errors
 
     async def wait(self, caller: Caller, params: dict[str, Any]) -> Reply:
         id = param(params, "id", str)
@@ -84,13 +107,7 @@ class SessionMethods:
         if live is not None:
             await live.ended.wait()
             if live.ending is not None:  # known also when it could not be recorded
-                return Reply(
-                    {
-                        "exit_code": live.ending.code,
-                        "signal": live.ending.signal,
-                        "reason": live.ending.reason,
-                    }
-                )
+                return Reply(_ended(live.ending))
         record = await find_record(self._daemon, id)
         return Reply(
             {
@@ -185,8 +202,10 @@ class SessionMethods:
             id = (await find_record(self._daemon, id)).id
         directory = self._daemon.boot.paths.logs / id
         recorder = self._daemon.sessions.recorder(id)
-        async for chunk in read_log(directory, recorder, follow=bool(params.get("follow"))):
-            yield {"data": base64.b64encode(chunk).decode()}
+        follow = bool(params.get("follow"))
+        async with aclosing(read_log(directory, recorder, follow=follow)) as chunks:
+            async for chunk in chunks:
+                yield {"data": base64.b64encode(chunk).decode()}
 
     def _changes(self, id: str) -> dict[str, Any]:
         """What became of the changes of a copy-on-write workspace; None where it was none."""
@@ -211,6 +230,23 @@ class SessionMethods:
             "calls_waiting": self._daemon.calls.approvals.count(session.id),
             "lowered": list(session.terms.lowered),
         }
+
+
+def _request(caller: Caller, params: dict[str, Any]) -> Request:
+    return Request(
+        agent=slug(params),
+        args=tuple(strings(params, "args")) if "args" in params else (),
+        by=caller.name,
+        tty=bool(params.get("tty")),
+        attach=bool(params.get("attach")),
+        rows=bounded(params, "rows", 24),
+        columns=bounded(params, "cols", 80),
+        term=str(params.get("term") or ""),
+    )
+
+
+def _ended(ending: Ending) -> dict[str, Any]:
+    return {"exit_code": ending.code, "signal": ending.signal, "reason": ending.reason}
 
 
 async def find_record(daemon: Daemon, id: str) -> SessionRecord:

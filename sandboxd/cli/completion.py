@@ -17,6 +17,9 @@ from sandboxd.errors import SandboxdError
 
 __all__ = ["Node", "add", "nodes"]
 
+#: Seconds that a prompt waits for a server far away.
+_PATIENCE = 2.0
+
 _KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals", "keys")
 
 
@@ -72,7 +75,7 @@ def print_names(args: argparse.Namespace) -> int:
     from sandboxd.cli.daemon import connect
 
     try:
-        with connect(args) as daemon:
+        with connect(args, timeout=_PATIENCE) as daemon:
             if args.kind == "agents":
                 names = [row["slug"] for row in daemon.call("agents.list")["agents"]]
             elif args.kind == "tools":
@@ -148,7 +151,7 @@ __sandboxctl() {
         elif [[ $word == -- ]]; then
             return 0
         elif [[ $word == -* ]]; then
-            if [[ $word == --config || $word == --state || $word == --runtime ]]; then
+            if [[ " @SHARED@ " == *" $word "* ]]; then
                 shared+=("$word") skip=shared
             elif [[ " $valued " == *" $word "* ]]; then
                 skip=other
@@ -213,7 +216,7 @@ _sandboxctl() {
         elif [[ $word == -* ]]; then
             if [[ " $valued " == *" $word "* ]]; then
                 skip=other
-                [[ $word == --config || $word == --state || $word == --runtime ]] &&
+                [[ " @SHARED@ " == *" $word "* ]] &&
                     { shared+=("$word"); skip=shared }
             fi
         elif (( ${commands[(I)$word:*]} )); then
@@ -287,7 +290,7 @@ function __sandboxctl_complete
         else if string match -q -- '-*' $word
             if contains -- $word $__sandboxctl_valued
                 set skip other
-                if contains -- $word --config --state --runtime
+                if contains -- $word @SHARED@
                     set -a shared $word
                     set skip shared
                 end
@@ -341,7 +344,7 @@ def _bash(found: list[Node]) -> str:
         f"            repeats={'x' if node.repeats else ''} ;;"
         for node in found
     ]
-    return _BASH.replace("@CASES@", "\n".join(cases))
+    return _filled(_BASH, cases)
 
 
 def _zsh(found: list[Node]) -> str:
@@ -357,7 +360,7 @@ def _zsh(found: list[Node]) -> str:
         f"            repeats={'x' if node.repeats else ''} ;;"
         for node in found
     ]
-    return _ZSH.replace("@CASES@", "\n".join(cases))
+    return _filled(_ZSH, cases)
 
 
 def _fish(found: list[Node]) -> str:
@@ -373,7 +376,12 @@ def _fish(found: list[Node]) -> str:
         f"            set __sandboxctl_repeats {'x' if node.repeats else ''}"
         for node in found
     ]
-    return _FISH.replace("@CASES@", "\n".join(cases))
+    return _filled(_FISH, cases)
+
+
+def _filled(script: str, cases: list[str]) -> str:
+    shared = " ".join(option for option, _, _ in tree.SHARED)
+    return script.replace("@CASES@", "\n".join(cases)).replace("@SHARED@", shared)
 
 
 def _quoted(text: str) -> str:

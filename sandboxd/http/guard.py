@@ -13,6 +13,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -108,7 +109,8 @@ class Guard:
             body = await _body(scope, receive, limit)
             if body is None:
                 return  # the client left
-            await self._app(scope, _replayed(body, receive), told)
+            with self._held(scope):
+                await self._app(scope, _replayed(body, receive), told)
         except Refusal as refusal:
             await answer(path, refusal)(scope, receive, told)
         except BodyTooSlow:
@@ -170,11 +172,12 @@ class Guard:
         return principal
 
     async def _who(self, bearer: str) -> Principal:
-        access: Any = getattr(self._daemon, "access", None)
-        if access is None:
-            raise Refusal.unauthenticated()
-        found: Principal = await access.authenticate(bearer)
-        return found
+        return await self._daemon.access.authenticate(bearer)
+
+    def _held(self, scope: Scope) -> AbstractContextManager[None]:
+        """Serve a known sender only as long as its key and token hold."""
+        principal = scope["state"].get("principal")
+        return self._daemon.access.held(principal) if principal is not None else nullcontext()
 
     def _check_host(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """An IP address, localhost or a configured name. A page that made its own name point here

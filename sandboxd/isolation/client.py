@@ -15,6 +15,7 @@ from functools import partial
 import trio
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
+from sandboxd.isolation.inside import Orders
 from sandboxd.isolation.pool import Key, Pool, Template
 from sandboxd.isolation.reports import Exit, descriptors_in, exit_of, failure_of, gone, pid_of
 from sandboxd.isolation.reuse import template_key, template_suits
@@ -48,6 +49,8 @@ class Process:
         self.pid = 0
         self.pidfd = -1
         self.exit: Exit | None = None
+        #: Where further programs can be asked for, if the spec said so.
+        self.orders: Orders | None = None
         self._launcher, self._number = launcher, number
         self._template: Template | None = None
         self._declined = False
@@ -151,6 +154,9 @@ class Launcher:
             fds = (memfd, *streams)
             async with self._starting:
                 process = self._new_process(spec)
+                if spec.further:
+                    process.orders = Orders()
+                    fds = (*fds, process.orders.theirs.fileno())
                 try:
                     await self.send(
                         Frame(
@@ -161,6 +167,8 @@ class Launcher:
                 except BaseException:
                     self._finish(process)
                     raise
+                if process.orders is not None:
+                    process.orders.theirs.close()
                 await self._await_start(process)
                 return process
         finally:
@@ -333,6 +341,8 @@ class Launcher:
         if process.pidfd >= 0:
             os.close(process.pidfd)
             process.pidfd = -1
+        if process.orders is not None:
+            process.orders.close()
         process._started.set()
         process._ended.set()
 

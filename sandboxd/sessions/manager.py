@@ -31,6 +31,7 @@ from sandboxd.policy import Agent, Config
 from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
 from sandboxd.sessions.changes import Changes
+from sandboxd.sessions.exec import Execs
 from sandboxd.sessions.files import Files
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
@@ -101,6 +102,8 @@ class Manager:
         self._nursery = nursery
         #: What sessions changed in copy-on-write workspaces.
         self.changes = Changes(paths=paths, launcher=launcher, uids=uids, audit=audit)
+        #: Programs beside agents; ``exec(session, argv, ...)`` runs one.
+        self.exec = Execs(audit).run
         #: What is in the workspaces of live sessions.
         self.files = Files(launcher=launcher, uids=uids, audit=audit)
         self._closing = False

@@ -104,6 +104,7 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
             FileSpec(_BRIDGE_PROGRAM, bridge, 0o444),
         ),
         limits=launch_limits(session.terms.limits),
+        further=True,
     )
 
 

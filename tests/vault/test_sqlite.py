@@ -98,12 +98,12 @@ def test_a_migration_runs_once_and_whole(
     monkeypatch.setattr("sandboxd.vault.sqlite.MIGRATIONS", (*MIGRATIONS, extra))
     with pytest.raises(StoreError, match="duplicate column"):
         reopen()
-    assert sql(path, "PRAGMA user_version") == [(1,)]
+    assert sql(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     assert sql(path, "SELECT name FROM sqlite_master WHERE name = 'extra'") == []
     monkeypatch.setattr("sandboxd.vault.sqlite.MIGRATIONS", (*MIGRATIONS, extra[:1]))
     for _ in range(2):
         assert [v.name for v in reopen().list("bot")] == ["A"]
-    assert sql(path, "PRAGMA user_version") == [(2,)]
+    assert sql(path, "PRAGMA user_version") == [(len(MIGRATIONS) + 1,)]
 
 
 @pytest.mark.parametrize(
