@@ -39,6 +39,8 @@ _MAX_RECORD = 1 << 20
 _KEY_SIZE = 32
 #: How much of the end is authenticated at start; all of it is, when the head lies before that.
 _TAIL = 1 << 20
+#: How far back records are looked for that only some are.
+_SEARCHED = 256 << 20
 
 _LINE = re.compile(rb'(\{.*),"mac":"([0-9a-f]{64})"\}', re.DOTALL)
 _HEAD_LINE = re.compile(rb"sandboxd-audit-1 ([0-9]{20}) ([0-9a-f]{64}) ([0-9a-f]{64})\n")
@@ -182,17 +184,35 @@ class AuditLog:
         """The number of the newest record that is on disk."""
         return self._durable.seq
 
-    def tail(self, n: int) -> list[dict[str, Any]]:
-        """The last ``n`` records, oldest first. Any thread may call it. Raises StoreError."""
+    def tail(
+        self,
+        n: int,
+        *,
+        where: Callable[[Mapping[str, Any]], bool] | None = None,
+        having: bytes = b"",
+    ) -> list[dict[str, Any]]:
+        """The last ``n`` records, oldest first. Any thread may call it. Raises StoreError.
+
+        With ``where`` those of them for which it is true; then it looks back :data:`_SEARCHED`
+        bytes at most. ``having`` is text that each such record's line contains: others are not
+        even parsed.
+        """
         start = self._durable.size
-        data = b""
+        end = max(0, start - _SEARCHED) if where is not None else 0
+        found: list[dict[str, Any]] = []
+        rest = b""  # of a line that begins further ahead
         with self._reading():
-            while start > 0 and data.count(b"\n") <= n:
+            while start > end and len(found) < n:
                 step = min(start, 1 << 16)
                 start -= step
-                data = os.pread(self._log, step, start) + data
-            lines = data.split(b"\n")[:-1]
-            return [json.loads(line) for line in lines[max(0, len(lines) - max(0, n)) :]]
+                lines = (os.pread(self._log, step, start) + rest).split(b"\n")
+                rest = lines[0]
+                for line in reversed(lines[1:] if start else lines):
+                    if len(found) < n and line and having in line:
+                        record = json.loads(line)
+                        if where is None or where(record):
+                            found.append(record)
+        return found[::-1]
 
     def verify(self) -> AuditReport:
         """Read everything and check every record. Any thread may call it, appends go on.

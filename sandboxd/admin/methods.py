@@ -163,18 +163,25 @@ class Methods:
     # -- audit and policy ---------------------------------------------------------------------
 
     async def audit_tail(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        audit = self._daemon.audit
+        """The last ``n`` records that the caller may see, then each new one."""
+        audit, principal = self._daemon.audit, caller.principal
         count = bounded(params, "n", 20, least=0, most=100_000)
-        seen = max(0, audit.last - count)
+        seen = audit.last
+        recent = partial(audit.tail, count)
+        if principal.team is not None:
+            sees = partial(sees_record, principal)
+            recent = partial(recent, where=sees, having=f'"team":"{principal.team}"'.encode())
+        records = await thread(recent)
         while True:
-            for record in await thread(audit.tail, audit.last - seen):
-                if record["seq"] > seen:
-                    seen = record["seq"]
-                    if sees_record(caller.principal, record):
-                        yield record
+            for record in records:
+                seen = max(seen, record["seq"])
+                if sees_record(principal, record):
+                    yield record
             if not params.get("follow"):
                 return
             await trio.sleep(0.2)
+            fresh = await thread(audit.tail, audit.last - seen)
+            records = [record for record in fresh if record["seq"] > seen]
 
     async def audit_verify(self, caller: Caller, params: dict[str, Any]) -> Reply:
         report = await thread(self._daemon.audit.verify)

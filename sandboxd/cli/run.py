@@ -102,7 +102,7 @@ def _run_there(args: argparse.Namespace) -> int:
             request = daemon.follow("session.run", agent=args.agent, args=args.rest or [])
             ended = _follow(daemon, request, wakeup)
         except KernelError as error:
-            args.failed_status = _could_not_execute(error)
+            args.failed_status = could_not_execute(error)
             raise
     return _status(ended)
 
