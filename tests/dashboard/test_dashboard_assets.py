@@ -1,4 +1,4 @@
-"""What the pages are made of: files of the package, with nothing inline and nothing from elsewhere."""
+"""What the pages are made of: files of the package, nothing inline, nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_elements_are_closed_in_order(path: Path) -> None:
 
 def test_our_own_script_evaluates_nothing() -> None:
     text = content("dashboard.js").decode()
-    assert not re.search(r"\beval\b|new Function|innerHTML|insertAdjacentHTML|document\.write", text)
+    assert not re.search(
+        r"\beval\b|new Function|innerHTML|insertAdjacentHTML|document\.write", text
+    )
 
 
 def test_nothing_that_pages_load_is_from_elsewhere() -> None:

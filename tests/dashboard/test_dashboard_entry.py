@@ -93,7 +93,7 @@ def test_the_end_of_a_key_is_the_end_of_its_page_at_once(daemon: RealDaemon) -> 
     assert link.sign_in(made["secret"]).status_code == 401
 
 
-# -- the one-time link ------------------------------------------------------------------------------
+# -- the one-time link ----------------------------------------------------------------------------
 
 
 def code_of(daemon: RealDaemon, *options: str) -> str:
@@ -131,7 +131,7 @@ def test_the_command_ends_pages(daemon: RealDaemon, keys: dict[str, str]) -> Non
     assert other.get("/audit").status_code == 200
 
 
-# -- pages of others --------------------------------------------------------------------------------
+# -- pages of others ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_form_is_bounded_and_of_one_kind(owner: Pages) -> None:
         assert got.status_code == status, (kind, content[:80], got.text[:300])
 
 
-# -- headers ----------------------------------------------------------------------------------------
+# -- headers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/sign-in", "/environment/writer", "/calls", "/nothing/there"])

@@ -14,10 +14,16 @@ from sandboxd.access.pages import Pages as Table
 from sandboxd.http.dashboard import router
 
 #: What each acting route needs to be asked with, and which roles may: all others are refused.
-_OWNER, _OPERATOR, _DEVELOPER = ("owner",), ("owner", "operator"), ("owner", "operator", "developer")
+_OWNER, _OPERATOR, _DEVELOPER = (
+    ("owner",),
+    ("owner", "operator"),
+    ("owner", "operator", "developer"),
+)
 _ALL = (*_DEVELOPER, "viewer")
+_VARIABLE = {"name": "W", "value": "a-long-enough-value-42"}
+_ANSWER = {"answer": "approve", "digest": "0" * 64}
 ACTS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
-    "/environment/{agent}/set": ("/environment/writer/set", _DEVELOPER, {"name": "W", "value": "w" * 9 + "12"}),
+    "/environment/{agent}/set": ("/environment/writer/set", _DEVELOPER, _VARIABLE),
     "/environment/{agent}/remove/{name}": ("/environment/writer/remove/NONE", _DEVELOPER, {}),
     "/environment/{agent}/revoke/{name}": ("/environment/writer/revoke/NONE", _DEVELOPER, {}),
     "/environment/{agent}/import": ("/environment/writer/import", _DEVELOPER, {"text": "A=b"}),
@@ -26,7 +32,7 @@ ACTS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "/keys/{id}/deactivate": ("/keys/key_000000000000/deactivate", _OWNER, {}),
     "/keys/{id}/rotate": ("/keys/key_000000000000/rotate", _OWNER, {"overlap": "1h"}),
     "/sessions/{id}/stop": ("/sessions/s-0/stop", _OPERATOR, {}),
-    "/calls/waiting/{id}": ("/calls/waiting/c-0", _OPERATOR, {"answer": "approve", "digest": "0" * 64}),
+    "/calls/waiting/{id}": ("/calls/waiting/c-0", _OPERATOR, _ANSWER),
     "/tools/explain": ("/tools/explain", _ALL, {"agent": "writer", "tool": "publish"}),
     "/audit/verify": ("/audit/verify", _ALL, {}),
     "/sign-out": ("", (), {}),
@@ -107,7 +113,9 @@ def test_another_team_gets_of_every_route_what_nobody_ever_had(
             continue
         kind = path.split("/")[1]
         real["id"] = {"sessions": session, "calls": call, "keys": key}.get(kind, "")
-        none["id"] = {"sessions": "s-" + "0" * 16, "calls": "c-" + "0" * 16}.get(kind, "key_" + "0" * 12)
+        none["id"] = {"sessions": "s-" + "0" * 16, "calls": "c-" + "0" * 16}.get(
+            kind, "key_" + "0" * 12
+        )
         fields = next((f for p, (_, _, f) in ACTS.items() if p == path), {})
         answers = []
         for names in (real, none):

@@ -52,7 +52,7 @@ def ended(waiting: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-# -- environment ------------------------------------------------------------------------------------
+# -- environment ----------------------------------------------------------------------------------
 
 
 def test_a_variable_is_set_updated_and_removed(daemon: RealDaemon, owner: Pages) -> None:
@@ -80,10 +80,10 @@ def test_a_value_arrives_as_it_was_typed(daemon: RealDaemon, owner: Pages) -> No
     [row] = daemon.call("env.list", agent="reader")["variables"]
     kept = typed.replace("\r\n", "\n").encode()
     assert row["size"] == len(kept)
-    daemon.call(
-        "env.set", agent="reader", values={"KEY_TWO": base64.b64encode(kept).decode()}
-    )
-    both = {r["name"]: r["fingerprint"] for r in daemon.call("env.list", agent="reader")["variables"]}
+    daemon.call("env.set", agent="reader", values={"KEY_TWO": base64.b64encode(kept).decode()})
+    both = {
+        r["name"]: r["fingerprint"] for r in daemon.call("env.list", agent="reader")["variables"]
+    }
     assert both["KEY_FILE"] == both["KEY_TWO"]
     daemon.call("env.remove", agent="reader", names=["KEY_FILE", "KEY_TWO"])
 
@@ -155,7 +155,7 @@ def test_a_file_with_mistakes_sets_nothing(owner: Pages) -> None:
     assert "Set 1 variable" not in told(seen.text)
 
 
-# -- API keys ---------------------------------------------------------------------------------------
+# -- API keys -------------------------------------------------------------------------------------
 
 
 def test_a_key_is_shown_once_and_deactivated_with_what_that_stops(
@@ -202,7 +202,7 @@ def test_deactivating_the_pages_own_key_signs_it_out(daemon: RealDaemon) -> None
     assert pages.get("/keys").headers["location"] == "/sign-in"
 
 
-# -- sessions ---------------------------------------------------------------------------------------
+# -- sessions -------------------------------------------------------------------------------------
 
 
 def test_a_session_is_seen_and_stopped(daemon: RealDaemon, owner: Pages, session: str) -> None:
@@ -221,7 +221,7 @@ def test_a_session_is_seen_and_stopped(daemon: RealDaemon, owner: Pages, session
     assert owner.post(f"/sessions/{session}/stop").status_code == 404
 
 
-# -- calls ------------------------------------------------------------------------------------------
+# -- calls ----------------------------------------------------------------------------------------
 
 
 def test_a_waiting_call_is_shown_and_approved(
@@ -238,9 +238,7 @@ def test_a_waiting_call_is_shown_and_approved(
     assert wrong.status_code == 409
     none = owner.post(f"/calls/waiting/{waiting['id']}", answer="approve")
     assert none.status_code == 400
-    got = owner.post(
-        f"/calls/waiting/{waiting['id']}", answer="approve", digest=waiting["digest"]
-    )
+    got = owner.post(f"/calls/waiting/{waiting['id']}", answer="approve", digest=waiting["digest"])
     assert got.status_code == 303
     assert ended(waiting)["outcome"] == "ok"
     assert "publish of writer is approved." in told(owner.read("/calls"))
@@ -277,7 +275,7 @@ def test_a_denied_call_says_why(daemon: RealDaemon, owner: Pages, session: str) 
     assert call not in owner.read("/calls/live?outcome=succeeded")
 
 
-# -- tools, audit -----------------------------------------------------------------------------------
+# -- tools, audit ---------------------------------------------------------------------------------
 
 
 def test_policies_are_read_and_calls_explained(owner: Pages) -> None:

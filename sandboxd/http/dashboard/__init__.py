@@ -10,7 +10,6 @@ from fastapi import APIRouter
 
 from sandboxd.http.dashboard import audit, calls, environment, keys, sessions, signin, tools
 from sandboxd.http.dashboard.asking import Tabs
-from sandboxd.access.pages import Pages
 from sandboxd.running import Daemon
 
 __all__ = ["router"]

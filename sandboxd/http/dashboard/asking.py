@@ -17,6 +17,7 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from sandboxd.access.pages import Page, Pages, room_for_one_more, same
 from sandboxd.access.roles import Permission, Principal
 from sandboxd.admin.perform import perform, stream
 from sandboxd.errors import (
@@ -28,7 +29,6 @@ from sandboxd.errors import (
     Unauthenticated,
     Unavailable,
 )
-from sandboxd.access.pages import Page, Pages, room_for_one_more, same
 from sandboxd.http.dashboard.render import render
 from sandboxd.running import Daemon
 

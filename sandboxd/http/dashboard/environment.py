@@ -212,7 +212,9 @@ def _value(form: Form) -> bytes:
         return _decoded(form["file"])
     text = form.get("value", "").replace("\r\n", "\n")
     if not text:
-        raise Invalid("the value is empty", hint="to set an empty one on purpose: sandboxctl env set")
+        raise Invalid(
+            "the value is empty", hint="to set an empty one on purpose: sandboxctl env set"
+        )
     return text.encode()
 
 

@@ -92,9 +92,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _clean(text: Any) -> str:
+def _clean(value: Any) -> str:
     """Text without characters that are invisible or change how the rest reads."""
-    text = str(text)
+    text = str(value)
     if text.isprintable():
         return text
     return "".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from sandboxd.access.pages import Pages
 from sandboxd.access.roles import Principal
 from sandboxd.errors import SandboxdError
 from sandboxd.http.dashboard.asking import (
@@ -14,7 +15,6 @@ from sandboxd.http.dashboard.asking import (
     read_form,
     refuse_foreign,
 )
-from sandboxd.access.pages import Pages
 from sandboxd.http.dashboard.render import STATIC, content, digest, render
 from sandboxd.http.errors import Refusal
 from sandboxd.running import Daemon
@@ -64,7 +64,7 @@ def add(tabs: Tabs, daemon: Daemon, pages: Pages) -> None:
     async def enter(request: Request, principal: Principal, way: str) -> Response:
         daemon.access.check(principal)
         old = request.cookies.get(cookie_of(request), "")
-        token, page = pages.open(principal)
+        token, _ = pages.open(principal)
         pages.close(old)  # another one's cookie is never taken over
         await daemon.audit.append(
             "dashboard.signed_in",

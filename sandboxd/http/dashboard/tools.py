@@ -60,5 +60,6 @@ def _arguments(text: str) -> Any:
         raise Invalid("the arguments are nested too deeply") from None
     except ValueError as error:
         raise Invalid(
-            f"the arguments are not valid JSON: {error}", hint='like {"url": "https://example.com/"}'
+            f"the arguments are not valid JSON: {error}",
+            hint='like {"url": "https://example.com/"}',
         ) from None
