@@ -53,7 +53,9 @@ async def _page(ask: Ask, *, error: Exception | None = None, status: int = 200) 
     listed = await ask("env.list", agent=slug)
     tools = (await ask("tools.list", agent=slug))["tools"]
     users = _users(tools)
-    rows = [{**row, "tools": users.get(row["name"], [])} for row in listed["variables"]]
+    rows = [
+        {"held_by": [], **row, "tools": users.get(row["name"], [])} for row in listed["variables"]
+    ]
     there = {row["name"] for row in rows}
     return ask.html(
         "environment.html",
