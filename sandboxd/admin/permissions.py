@@ -54,6 +54,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "env.list": Need("env.read", "agent"),
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),
+        "env.revoke": Need("env.write", "agent"),
         "session.start": Need("sessions.run", "agent"),
         "session.run": Need("sessions.run", "agent"),
         "session.list": Need("sessions.read", "own"),

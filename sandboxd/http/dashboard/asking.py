@@ -111,6 +111,11 @@ class Ask:
     def may(self, permission: Permission) -> bool:
         return self.principal.may(permission)
 
+    def need(self, permission: Permission) -> None:
+        """Raise Denied before anything is said about what was asked. The gate would, later."""
+        if not self.may(permission):
+            raise Denied(f"the role {self.principal.role} may not do this")
+
     def query(self, name: str) -> str:
         return self.request.query_params.get(name, "").strip()
 

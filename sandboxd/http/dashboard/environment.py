@@ -48,7 +48,9 @@ async def agent(ask: Ask) -> Response:
     return await _page(ask)
 
 
-async def _page(ask: Ask, *, error: Exception | None = None, status: int = 200) -> Response:
+async def _page(
+    ask: Ask, *, name: str = "", error: Exception | None = None, status: int = 200
+) -> Response:
     slug = ask.request.path_params["agent"]
     listed = await ask("env.list", agent=slug)
     tools = (await ask("tools.list", agent=slug))["tools"]
@@ -67,14 +69,14 @@ async def _page(ask: Ask, *, error: Exception | None = None, status: int = 200) 
         missing=[
             {"name": name, "tools": by} for name, by in sorted(users.items()) if name not in there
         ],
-        name=ask.form.text("name") or ask.query("name"),
+        name=name or ask.query("name"),
         error=error,
         fewest=FEWEST,
     )
 
 
 async def set_(ask: Ask) -> Response:
-    slug, form = ask.request.path_params["agent"], ask.form
+    slug, form, name = ask.request.path_params["agent"], ask.form, ""
     try:
         name = _name(form.text("name"))
         value = variable_value(name, _value(form))
@@ -86,7 +88,8 @@ async def set_(ask: Ask) -> Response:
             force="force" in form,
         )
     except (Invalid, Conflict) as error:
-        return await _page(ask, error=error, status=400)
+        # What is no name is not shown again: it may be the value, in the wrong field.
+        return await _page(ask, name=name, error=error, status=400)
     _tell(ask, [f"{name} is set, version {got['versions'][name]}."], got, "now" in form)
     return ask.go(_path(slug))
 
@@ -154,6 +157,7 @@ async def preview(ask: Ask) -> Response:
 
 async def import_(ask: Ask) -> Response:
     slug, form = ask.request.path_params["agent"], ask.form
+    ask.need("env.write")
     data = _file(form)
     if form.text("previewed") != _digest(ask, data):
         raise Conflict("this is not what the preview showed", hint="look at the preview again")
@@ -181,7 +185,8 @@ def _tell(ask: Ask, said: list[str], got: Mapping[str, Any], now: bool) -> None:
     elif "warnings" in got:
         said.append(f"It takes effect on the next session of {got['agent']}.")
     if live and not now:
-        said.append(f"{count(len(live), 'live session')} keep the old value until they end.")
+        kept = "keeps the old value until it ends" if len(live) == 1 else "keep the old one"
+        said.append(f"{count(len(live), 'live session')} {kept}.")
     ask.tell(" ".join(said))
     for warning in got.get("warnings", ()):
         ask.tell(f"Note: {warning}.", "warning")

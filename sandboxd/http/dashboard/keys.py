@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
-from sandboxd.errors import Conflict, Denied
+from sandboxd.errors import Conflict
 from sandboxd.http.dashboard.asking import Ask, Tabs, is_fragment
 from sandboxd.http.dashboard.render import count
 
@@ -84,11 +84,7 @@ async def deactivate(ask: Ask) -> Response:
 
 async def _managed(ask: Ask) -> dict[str, Any]:
     """The key, for who may change it: nobody else is asked whether to."""
-    if not ask.may("keys.manage"):
-        raise Denied(
-            f"the role {ask.principal.role} does not manage API keys",
-            hint="a key of the role owner can",
-        )
+    ask.need("keys.manage")
     found: dict[str, Any] = await ask("keys.show", key=ask.request.path_params["id"])
     return found
 
