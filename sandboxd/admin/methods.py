@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.agent_methods import AgentMethods
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.dashboard_methods import DashboardMethods
@@ -39,6 +40,7 @@ class Methods:
 
     def table(self) -> Mapping[str, Method]:
         return {
+            **AgentMethods(self._daemon).table(),
             **VariableMethods(self._daemon).table(),
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),

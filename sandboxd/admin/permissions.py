@@ -53,6 +53,8 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "reload": Need("host", "host"),
         "config.check": Need("host", "host"),
         "agents.list": Need("agents.read", "own"),
+        "agents.show": Need("agents.read", "agent"),
+        "agents.delete": Need("agents.delete", "agent"),
         "env.list": Need("env.read", "agent"),
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),
