@@ -94,6 +94,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tools.accept": Need("host", "host"),
         "tools.forget": Need("host", "host"),
         "policy.explain": Need("policies.read", "agent"),
+        "policy.egress": Need("policies.read", "agent"),
         "policy.outlook": Need("policies.read", "own"),
         "keys.list": Need("keys.read", "team"),
         "keys.show": Need("keys.read", "own"),
