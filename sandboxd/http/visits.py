@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -41,9 +42,9 @@ MAX_BODY = 4 << 20
 MAX_REQUESTS = 32
 #: Visits at once, and of one API key with all of its tokens.
 MAX_VISITS, MAX_OF_KEY = 512, 64
-#: Handshakes (of protocols before 2026) that one visit may keep, and the seconds without a request
-#: after which they, and then the visit itself, are over.
-MAX_HANDSHAKES, HANDSHAKE_IDLE, VISIT_IDLE = 16, 600.0, 660.0
+#: Handshakes (of protocols before 2026) that one visit keeps: clients make new ones and forget to
+#: end them. And the seconds without a request after which they, and then the visit, are over.
+MAX_HANDSHAKES, HANDSHAKE_IDLE, VISIT_IDLE = 32, 600.0, 660.0
 
 #: Seconds that what was kept ready for a visit may take to end with it.
 _ENDING = 5.0
@@ -68,6 +69,8 @@ class Visit:
     idle_since: float = field(default_factory=trio.current_time)
     #: Requests of handshake protocols that are open: by handshake and their own id.
     ids: set[tuple[str, int | str]] = field(default_factory=set)
+    #: Handshakes, the one that was used last at the end.
+    handshakes: OrderedDict[str, None] = field(default_factory=OrderedDict)
     closed: trio.Event = field(default_factory=trio.Event)
 
     @contextlib.contextmanager
@@ -88,6 +91,16 @@ class Visit:
                 self.closed.set()
         if scope.cancelled_caught:
             raise Unavailable(f"the request was ended: {self.reason}")
+
+    def forgotten(self) -> str:
+        """The handshake that is to make room for a new one, or "" while there is room.
+
+        The one that was used least lately, of those with no open request.
+        """
+        if len(self.handshakes) < MAX_HANDSHAKES:
+            return ""
+        busy = {handshake for handshake, _ in self.ids}
+        return next((one for one in self.handshakes if one not in busy), "")
 
     async def end_requests(self) -> None:
         """Cancel what is open, and wait for it."""
@@ -148,7 +161,7 @@ class Visits:
             tool_server(self._daemon.calls, agent, session, _lacking),
             session_idle_timeout=HANDSHAKE_IDLE,
             max_request_body_size=MAX_BODY,
-            max_sessions=MAX_HANDSHAKES,
+            max_sessions=MAX_HANDSHAKES + MAX_REQUESTS,
         )
         visit = Visit(principal, agent, at, manager)
         return visit
