@@ -27,7 +27,6 @@ __all__ = [
     "question_of",
     "records_of",
     "sees_agent",
-    "sees_question",
     "sees_record",
     "sees_session",
     "session_of",
@@ -40,7 +39,7 @@ def agents_of(daemon: Daemon, principal: Principal) -> dict[str, Agent]:
     return {
         slug: agent
         for slug, agent in sorted(daemon.config.agents.items())
-        if principal.reaches(_team_of(agent), slug)
+        if principal.reaches(agent.team, slug)
     }
 
 
@@ -49,7 +48,7 @@ def sees_agent(daemon: Daemon, principal: Principal, slug: str) -> bool:
     if principal.team is None:
         return True
     agent = daemon.config.agents.get(slug)
-    return agent is not None and principal.reaches(_team_of(agent), slug)
+    return agent is not None and principal.reaches(agent.team, slug)
 
 
 def no_agent(slug: str) -> NotFound:
@@ -71,13 +70,13 @@ def sees_session(principal: Principal, session: Session | SessionRecord) -> bool
     A token's sessions are those that its own user started; without a user, those of this token.
     """
     agent = session.agent if isinstance(session, SessionRecord) else session.agent.slug
-    if not principal.reaches(_team_of(session), agent):
+    if not principal.reaches(session.team, agent):
         return False
     if principal.kind != "token":
         return True
     if principal.subject:
-        return bool(getattr(session, "subject", "") == principal.subject)
-    return bool(principal.token) and getattr(session, "token", "") == principal.token
+        return session.subject == principal.subject
+    return bool(principal.token) and session.token == principal.token
 
 
 def live_of(daemon: Daemon, principal: Principal) -> list[Session]:
@@ -111,22 +110,12 @@ async def session_of(
     raise NotFound(f"no session {shown(id)}", hint="see: sandboxctl session list --all")
 
 
-def sees_question(daemon: Daemon, principal: Principal, agent: str, session: str) -> bool:
-    """Whether a call of this agent and session, waiting or answered, is in reach."""
-    if principal.team is None:
-        return True
-    live = next((one for one in daemon.sessions.live if one.id == session), None)
-    if live is not None:
-        return sees_session(principal, live)
-    return sees_agent(daemon, principal, agent)
-
-
 def question_of(daemon: Daemon, principal: Principal, id: str, *, abbreviated: bool) -> str:
     """The whole id of a question in reach that waits or was answered lately. NotFound otherwise."""
     seen = {
         key
-        for key, (agent, session) in daemon.calls.approvals.asked().items()
-        if sees_question(daemon, principal, agent, session)
+        for key, (team, agent) in daemon.calls.approvals.asked().items()
+        if principal.reaches(team, agent)
     }
     if id in seen:
         return id
@@ -150,10 +139,6 @@ def sees_record(principal: Principal, record: Mapping[str, Any]) -> bool:
     return isinstance(team, str) and principal.reaches(
         team, agent if isinstance(agent, str) else None
     )
-
-
-def _team_of(concerned: Agent | Session | SessionRecord) -> str:
-    return str(getattr(concerned, "team", "default"))
 
 
 def _matching(ids: list[str], given: str) -> list[str]:

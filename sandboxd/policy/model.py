@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import attrs
 
 from sandboxd.isolation.uids import DEFAULT_COUNT, DEFAULT_FIRST
+from sandboxd.policy.destinations import DestinationRule
+from sandboxd.policy.egress import Egress
 from sandboxd.policy.programs import Interpreter
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
+    "DEFAULT_TEAM",
     "Agent",
     "Annotations",
     "ApprovalSettings",
@@ -58,6 +61,7 @@ __all__ = [
     "SecretSpec",
     "Settings",
     "Stdin",
+    "Team",
     "Tls",
     "Tool",
     "UidRange",
@@ -70,6 +74,8 @@ Network = Literal["none", "host"]
 OutputFormat = Literal["auto", "text", "json", "binary"]
 #: What becomes of a call: it runs, it doesn't, or an operator is asked first.
 Verdict = Literal["allow", "deny", "ask"]
+#: The team of agents whose files name none.
+DEFAULT_TEAM = Slug("default")
 #: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
 Access = Literal["none", "ro", "overlay", "rw"]
 Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
@@ -218,6 +224,13 @@ class ApprovalSettings:
 
 
 @attrs.frozen
+class Team:
+    """Who shares agents, their variables, sessions and records, and sees nobody else's."""
+
+    name: Line
+
+
+@attrs.frozen
 class Tls:
     """A certificate (with its chain) and its private key, as PEM files."""
 
@@ -251,7 +264,7 @@ class HttpSettings:
 
 @attrs.frozen
 class Settings:
-    """sandboxd.yaml."""
+    """sandboxd.yaml. The team ``default`` is there without being named."""
 
     key: Key | None = None  # None: the daemon's default
     user: str = "sandboxd"
@@ -261,7 +274,12 @@ class Settings:
     max_concurrent_calls: Count = Count(16)
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
     approvals: ApprovalSettings = ApprovalSettings()
+    teams: Mapping[Slug, Team] = attrs.field(factory=_empty)
     http: HttpSettings | None = None  # None: not served
+
+    def has_team(self, team: str) -> bool:
+        """Whether agents and keys can be of this team."""
+        return team == DEFAULT_TEAM or team in self.teams
 
 
 @attrs.frozen
@@ -291,6 +309,7 @@ class Agent:
 
     description: Line
     command: tuple[str, ...]
+    team: Slug = DEFAULT_TEAM
     args_allowed: bool = False
     policy: Slug = Slug("default")
     tools: tuple[ToolName, ...] = ()
@@ -299,6 +318,7 @@ class Agent:
     workspace: Workspace = Workspace()
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     limits: Limits = Limits()
     slug: str = _loaded("")
     source: str = _loaded("")
@@ -375,6 +395,7 @@ class Tool:
     workspace: Literal["none", "ro", "rw"] = "none"
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     timeout: Duration = Duration(60.0)
     grace: Duration | None = None
     output_schema: Mapping[str, Any] | None = attrs.field(default=None, metadata={"key": "output"})
@@ -437,6 +458,8 @@ class Policy:
     extends: Slug | None = None
     network: Network = "none"
     agent_network: Network = "none"
+    #: Lists that each have to allow what an agent or a tool names under ``egress``.
+    egress: tuple[tuple[DestinationRule, ...], ...] = ()
     workspace: Access = "rw"
     limits: Limits = Limits()
     agent_limits: Limits = Limits()
@@ -455,6 +478,12 @@ class Policy:
         """Isolation layers that something under this policy may go without."""
         network = ("network",) if "host" in (self.network, self.agent_network) else ()
         return (*network, *self.lower)
+
+    def egress_bounds(self, *, agent: bool) -> tuple[tuple[DestinationRule, ...], ...]:
+        """What bounds ``egress`` under this policy: nothing where the host's network is allowed
+        and no list says otherwise, and everything where neither is."""
+        network = self.agent_network if agent else self.network
+        return self.egress if self.egress or network == "host" else ((),)
 
 
 @attrs.frozen
