@@ -25,6 +25,7 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
 from sandboxd.access.roles import Principal
 from sandboxd.admin.params import thread
+from sandboxd.admin.reach import no_agent
 from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.mcp import tool_server
@@ -173,6 +174,8 @@ class Visits:
             return daemon.sessions.get(visit.at)
         config = daemon.config
         agent = agent_named(config, visit.agent)
+        if not visit.principal.reaches(agent.team, agent.slug):  # by a reload a moment ago
+            raise no_agent(agent.slug)
         snapshot = await thread(daemon.vault.of(agent.team).snapshot, agent.slug)
         # Without a session there are no files: whatever needs them is denied, and recorded so.
         nowhere = attrs.evolve(agent, workspace=Workspace(mode="none"))
