@@ -32,6 +32,7 @@ from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.servers import Servers, Tally
 from sandboxd.broker.session import Session
+from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
@@ -127,10 +128,15 @@ class Calls:
 
     def running(self, session_id: str | None = None) -> int:
         """How many calls are alive, of one session or of all."""
-        return sum(
-            session_id in (None, live.session.id) and not live.asking
-            for live in self._live.values()
-        )
+        return sum(not live.asking for live in self._alive(session_id))
+
+    def in_flight(self, session_id: str) -> list[JSON]:
+        """The calls of a session that are alive, the oldest first."""
+        alive = self._alive(session_id)
+        return [{"call": one.id, "tool": one.tool, "waiting": one.asking} for one in alive]
+
+    def _alive(self, session_id: str | None) -> list[_Live]:
+        return [one for one in self._live.values() if session_id in (None, one.session.id)]
 
     async def call(
         self,
@@ -180,10 +186,7 @@ class Calls:
 
     async def cancel_session(self, session_id: str) -> int:
         """End every call of a session; how many there were. Returns when their trees are dead."""
-        return await self._cancel(
-            [live for live in self._live.values() if live.session.id == session_id],
-            "the session was stopped",
-        )
+        return await self._cancel(self._alive(session_id), "the session was stopped")
 
     async def end_session(self, session_id: str) -> None:
         """End what is kept ready for the calls of a session. It makes no more of them."""
@@ -385,6 +388,8 @@ class Calls:
         """Start the program and stay with it until its tree is dead and its output read."""
         async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
             with contextlib.ExitStack() as given:
+                egress = open_outlet(prepared.egress, _who(live), self._audit.append)
+                outlet = given.enter_context(egress)
                 stdout, stdout_end = descriptors.output(given)
                 stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
@@ -398,10 +403,13 @@ class Calls:
                     extra=[
                         *(descriptors.memory(data, given) for data in prepared.descriptors),
                         *([live.session.overlay] if prepared.spec.brings_namespace else ()),
+                        *outlet.fds,
                     ],
                 )
+                outlet.take()
             live.alive = True
             nursery.start_soon(capture.report)
+            nursery.start_soon(outlet.serve)
             try:
                 with ended:
                     launched = self._audit.note("call.launched", **_who(live), pid=process.pid)
