@@ -388,8 +388,8 @@ class Calls:
         """Start the program and stay with it until its tree is dead and its output read."""
         async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
             with contextlib.ExitStack() as given:
-                egress = open_outlet(prepared.egress, _who(live), self._audit.append)
-                outlet = given.enter_context(egress)
+                way_out = (self._audit.append, self._vault, live.session.snapshot)
+                outlet = given.enter_context(open_outlet(prepared.egress, _who(live), *way_out))
                 stdout, stdout_end = descriptors.output(given)
                 stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
