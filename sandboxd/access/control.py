@@ -79,7 +79,7 @@ class Access:
         #: Keys that are refused before the disk says so.
         self._refused: set[str] = set()
         now = self._clock()
-        self._lapsed = {key.id for key in self._keys if key.state(now) != "active"}
+        self._lapsed = {key.id for key in self._keys if key.state(now) == "expired"}
         self._uses = Uses(self._kept.touch)
         self._changed, self._turn = trio.Event(), trio.Lock()
         #: Told the id of each key that was deactivated or expired, before its end is reported.
@@ -398,13 +398,12 @@ class Access:
             self._changed = trio.Event()
             now, next_ = self._clock(), float("inf")
             for key in self._keys:
-                if key.id in self._lapsed or key.expires_at is None:
-                    continue
-                if key.state(now) == "active":
+                state = key.state(now)
+                if state == "active" and key.expires_at is not None:
+                    self._lapsed.discard(key.id)  # a clock that was ahead is right again
                     next_ = min(next_, key.expires_at - now, _LOOK)
-                    continue
-                self._lapsed.add(key.id)
-                if key.state(now) == "expired":
+                elif state == "expired" and key.id not in self._lapsed:
+                    self._lapsed.add(key.id)
                     await self._end_expired(key)
             with trio.move_on_after(next_):
                 await self._changed.wait()

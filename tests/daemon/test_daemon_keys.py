@@ -95,7 +95,7 @@ def live(daemon: RealDaemon) -> set[str]:
 def test_all_that_rests_on_it_is_gone_when_the_command_returns(working: RealDaemon) -> None:
     id, holder = new_key(working)
     _, token = new_token(working, id, "--agent", "worker")
-    other_id, other = new_key(working)
+    _, other = new_key(working)
     kept = other.session(("call", "slow", {}))
     until(lambda: len(naps()) == 2)
     spared = naps()
