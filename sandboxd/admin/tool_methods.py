@@ -40,9 +40,9 @@ class ToolMethods:
         if not isinstance(arguments, dict):
             raise Invalid("the arguments are a JSON object")
         session = await self._session(params)
-        await self._daemon.audit.append(
-            "tools.run", by=caller.name, agent=session.agent.slug, session=session.id, tool=tool
-        )
+        agent = session.agent
+        about = {"agent": agent.slug, "team": agent.team, "session": session.id, "tool": tool}
+        await self._daemon.audit.append("tools.run", by=caller.name, **about)
         try:
             result = await self._daemon.calls.call(session, tool, arguments)
         finally:
@@ -79,6 +79,6 @@ class ToolMethods:
                 f"the workspace of {agent.slug} is copy-on-write: each session has its own view",
                 hint="name a live session: --session ID (sandboxctl session list)",
             )
-        snapshot = await thread(self._daemon.vault.snapshot, agent.slug)
+        snapshot = await thread(self._daemon.vault.of(agent.team).snapshot, agent.slug)
         workspace = manager.workspace_of(agent, terms)
         return Standing(agent, config, snapshot, workspace)

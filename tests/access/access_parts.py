@@ -97,12 +97,14 @@ class Parts:
         for name in ("agents", "tools", "policies"):
             (config / name).mkdir(parents=True, exist_ok=True)
         teams = {"blue": {"name": "Blue"}, "red": {"name": "Red"}}
-        (config / "sandboxd.yaml").write_text(json.dumps({"version": 1}))
+        (config / "sandboxd.yaml").write_text(json.dumps({"version": 1, "teams": teams}))
         for slug, team in (
             ("crawler", "default"),
             ("mailer", "default"),
+            ("cook", "blue"),
+            ("spy", "red"),
         ):
-            agent = {"version": 1, "description": slug, "command": ["/bin/true"]}
+            agent = {"version": 1, "description": slug, "command": ["/bin/true"], "team": team}
             (config / "agents" / f"{slug}.yaml").write_text(json.dumps(agent))
         return self._read()
 
