@@ -26,10 +26,12 @@ __all__ = ["NEEDS", "Need", "Scope"]
 #: ``approval``  parameter ``id``, a question that waits or was answered; an abbreviation becomes
 #:               the whole id where ``abbreviated``
 #: ``tool``      parameter ``tool``, one that some agent in reach lists
-#: ``team``      parameter ``team`` and each of a list ``agents``, where they are there; a caller of
-#:               one team needs not name it: the parameter is filled in
+#: ``team``      each of a list ``agents``, where it is there; parameter ``team`` is filled in for a
+#:               caller of one team
 #: ``own``       the method itself looks at ``caller.principal``: lists, and what concerns nobody
 #: ``host``      everything: no team's principal may
+#:
+#: A parameter ``team``, whatever the method, may name no other than the caller's own.
 Scope = Literal[
     "agent", "agent?", "session", "live", "place", "approval", "tool", "team", "own", "host"
 ]

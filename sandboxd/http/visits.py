@@ -160,7 +160,7 @@ class Visits:
             return daemon.sessions.get(visit.at)
         config = daemon.config
         agent = agent_named(config, visit.agent)
-        snapshot = await thread(daemon.vault.snapshot, agent.slug)
+        snapshot = await thread(daemon.vault.of(agent.team).snapshot, agent.slug)
         # Without a session there are no files: whatever needs them is denied, and recorded so.
         nowhere = attrs.evolve(agent, workspace=Workspace(mode="none"))
         return Standing(nowhere, config, snapshot, None, id=visit.id)
