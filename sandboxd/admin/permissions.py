@@ -58,6 +58,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "env.list": Need("env.read", "agent"),
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),
+        "env.revoke": Need("env.write", "agent"),
         "session.start": Need("sessions.run", "agent"),
         "session.run": Need("sessions.run", "agent"),
         "session.list": Need("sessions.read", "own"),
@@ -106,6 +107,9 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tokens.rotate_key": Need("host", "host"),
         "tokens.jwks": Need("agents.read", "own"),
         "audit.tail": Need("audit.read", "own"),
+        "audit.state": Need("audit.read", "own"),
+        "dashboard.link": Need("agents.read", "own"),
+        "dashboard.end": Need("agents.read", "own"),
         # One chain holds every team's records, and it is whole or it isn't.
         "audit.verify": Need("host", "host"),
     }
