@@ -51,6 +51,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "reload": Need("host", "host"),
         "config.check": Need("host", "host"),
         "agents.list": Need("agents.read", "own"),
+        "agents.show": Need("agents.read", "agent"),
         "env.list": Need("env.read", "agent"),
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),

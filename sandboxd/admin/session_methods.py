@@ -134,6 +134,7 @@ class SessionMethods:
             return Reply(
                 {
                     **_record_row(record),
+                    "environment": None,
                     "workspace": record.workspace,
                     **self._changes(record.id),
                     "variables": dict(record.variables),
@@ -147,6 +148,7 @@ class SessionMethods:
         return Reply(
             {
                 **self._live_row(session),
+                "environment": sorted(session.environment),
                 "usage": {
                     "processes": used.processes,
                     "memory": used.memory,
@@ -229,7 +231,7 @@ class SessionMethods:
             "by": session.by,
             "key": session.key or None,
             "subject": session.subject or None,
-            "lifetime": session.lifetime,
+            "ends_at": iso(session.ends_at),
             "calls_running": self._daemon.calls.running(session.id),
             "calls_waiting": self._daemon.calls.approvals.count(session.id),
             "lowered": list(session.terms.lowered),
@@ -315,7 +317,7 @@ def _record_row(record: SessionRecord) -> dict[str, Any]:
         "by": record.by,
         "key": record.key or None,
         "subject": record.subject or None,
-        "lifetime": None,
+        "ends_at": None,
         "calls_running": 0,
         "calls_waiting": 0,
         "lowered": [],
