@@ -1,13 +1,20 @@
-"""The configured agents over the admin socket."""
+"""Agents over the admin socket: listed, shown, and deleted with all that is theirs."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import trio
 
 from sandboxd.admin.params import iso, known_agent, thread
 from sandboxd.admin.reach import agents_of, live_of
 from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.errors import Denied, SandboxdError, Unavailable
 from sandboxd.policy import Agent
 from sandboxd.policy.decide import session_terms
 from sandboxd.policy.explain import launched_for
@@ -24,7 +31,11 @@ class AgentMethods:
         self._daemon = daemon
 
     def table(self) -> Mapping[str, Method]:
-        return {"agents.list": self.list_, "agents.show": self.show}
+        return {
+            "agents.list": self.list_,
+            "agents.show": self.show,
+            "agents.delete": self.delete,
+        }
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
         rows = []
@@ -49,6 +60,8 @@ class AgentMethods:
                 **_named(agent),
                 "team_name": team.name if team else None,
                 "source": agent.source,
+                "changed_at": iso(await thread(_changed, self._file(agent))),
+                "program": Path(agent.command[0]).name,
                 "args_allowed": agent.args_allowed,
                 "network": terms.network,
                 "workspace": terms.workspace,
@@ -64,6 +77,67 @@ class AgentMethods:
                 ],
             }
         )
+
+    async def delete(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Take an agent out of the configuration, stop its sessions, remove its variables.
+
+        Its file stays beside the others under a name that is not read, to be had back. Denied
+        where the file is not the daemon's to change: a key is no reason to write what belongs to
+        root. What was begun is done to the end, also when who asked is gone.
+        """
+        agent = known_agent(self._daemon, params)
+        file = self._file(agent)
+        kept = file.with_name(f"{file.name}.deleted-{int(time.time())}")
+        await thread(_check_ours, file)
+        with trio.CancelScope(shield=True):
+            await self._daemon.audit.append(
+                "agent.deleted", agent=agent.slug, team=agent.team, by=caller.name, kept=kept.name
+            )
+            await self._take_out(caller, file, kept)
+            ended = await self._daemon.sessions.stop_where(
+                lambda one: one.agent.slug == agent.slug and one.team == agent.team,
+                f"its agent was deleted by {caller.name}",
+            )
+            removed = await self._forget_variables(caller, agent)
+        return Reply(
+            {
+                "slug": agent.slug,
+                "kept": kept.name,
+                "ended_sessions": [one.id for one in ended],
+                "removed_variables": removed,
+            }
+        )
+
+    async def _take_out(self, caller: Caller, file: Path, kept: Path) -> None:
+        """Rename the file and reload; or rename it back, and say why not."""
+        try:
+            await thread(file.rename, kept)
+        except OSError as failure:
+            raise Unavailable(f"{file} can't be renamed: {failure.strerror}") from None
+        try:
+            await self._daemon.reload(caller.name)
+        except SandboxdError:
+            await thread(kept.rename, file)
+            raise
+
+    async def _forget_variables(self, caller: Caller, agent: Agent) -> list[str]:
+        """A later agent of the same name must not begin with this one's secrets."""
+        variables = self._daemon.vault.of(agent.team)
+        names = sorted(v.name for v in await thread(variables.list, agent.slug))
+        if names:
+            await self._daemon.audit.append(
+                "env.removed",
+                agent=agent.slug,
+                team=agent.team,
+                names=names,
+                by=caller.name,
+                now=True,
+            )
+            await thread(partial(variables.remove, by=caller.name), agent.slug, names)
+        return names
+
+    def _file(self, agent: Agent) -> Path:
+        return self._daemon.boot.paths.config / agent.source
 
     async def _variables(self, agent: Agent) -> list[Variable]:
         return await thread(self._daemon.vault.of(agent.team).list, agent.slug)
@@ -91,3 +165,24 @@ def _named(agent: Agent) -> dict[str, Any]:
         "policy": agent.policy,
         "tools": list(agent.tools),
     }
+
+
+def _changed(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _check_ours(file: Path) -> None:
+    """Both the file and its directory belong to the daemon's user: it may take the file away."""
+    try:
+        owners = {file.stat().st_uid, file.parent.stat().st_uid}
+    except OSError as failure:
+        raise Unavailable(f"{file} can't be looked at: {failure.strerror}") from None
+    if owners != {os.geteuid()} or not os.access(file.parent, os.W_OK):
+        raise Denied(
+            f"agent {file.stem} comes from a file that this daemon may not change",
+            hint=f"whoever owns the host's configuration removes agents/{file.name} and runs: "
+            "sandboxctl reload",
+        )

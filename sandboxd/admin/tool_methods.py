@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from sandboxd.admin.params import known_agent, param, thread
-from sandboxd.admin.server import Caller, Method
+from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.result import printed
-from sandboxd.errors import Conflict, Invalid
+from sandboxd.errors import Conflict, Invalid, NotFound
+from sandboxd.names import shown
 from sandboxd.policy.decide import session_terms
 from sandboxd.running import Daemon
 
@@ -22,13 +23,28 @@ _PIECE = 1 << 20
 
 
 class ToolMethods:
-    """``tools.run``."""
+    """``tools.run`` and ``tools.place``."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
 
     def table(self) -> Mapping[str, Method]:
-        return {"tools.run": self.run}
+        return {"tools.run": self.run, "tools.place": self.place}
+
+    async def place(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """``{agent}`` or ``{session, agent?}`` to ``{agent, session}``: where tools can be called.
+
+        Does nothing: whoever may call is told the whole names, all others are refused.
+        """
+        if params.get("session") is None:
+            return Reply({"agent": known_agent(self._daemon, params).slug, "session": ""})
+        session = self._daemon.sessions.get(param(params, "session", str))
+        if params.get("agent") not in (None, session.agent.slug):
+            raise NotFound(
+                f"no live session {shown(session.id)} of agent {shown(str(params['agent']))}",
+                hint="see: sandboxctl session list",
+            )
+        return Reply({"agent": session.agent.slug, "session": session.id})
 
     async def run(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """One call: its output in pieces, then how it ended. The client's leaving cancels it.
