@@ -228,8 +228,8 @@ class Running:
                 stderr, stderr_end = descriptors.output(given)
                 stdin, stdin_end = descriptors.input_(given)
                 nursery.start_soon(self._listen, stderr, heard := trio.Event())
-                egress = open_outlet(prepared.egress, self._who(), self._begin.audit.append)
-                outlet = given.enter_context(egress)
+                way_out = (self._begin.audit.append, self._begin.vault, self.session.snapshot)
+                outlet = given.enter_context(open_outlet(prepared.egress, self._who(), *way_out))
                 try:
                     process = await self._begin.launcher.launch(
                         prepared.spec,
