@@ -149,8 +149,6 @@ async def _checked(
     ):
         if not sees_agent(daemon, principal, slug(params)):
             raise no_agent(slug(params))
-        if principal.team is not None and params.get("team") not in (None, principal.team):
-            raise no_agent(slug(params))  # of the team that is named: variables may be there
     elif need.scope == "tool":
         tool = param(params, "tool", str)
         if principal.team is not None and tool not in tools_of(daemon, principal):
