@@ -10,14 +10,13 @@ Standard library only.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import errno
 import itertools
 import json
 import os
 import posixpath
-import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -115,14 +114,14 @@ def _read(root: int, request: dict[str, Any]) -> dict[str, Any]:
             data += chunk
     if len(data) > limit:
         raise _Refused("invalid", f"is larger than {limit:,} bytes")
-    content = base64.b64encode(data).decode("ascii")
+    content = binascii.b2a_base64(data, newline=False).decode("ascii")
     return {"content": content, **_entry(request["path"], found, None)}
 
 
 def _write(root: int, request: dict[str, Any]) -> dict[str, Any]:
     for done, file in enumerate(request["files"]):
         request |= {"path": file["path"], "done": done}
-        _write_one(root, file["path"], base64.b64decode(file["content"]), file["mode"])
+        _write_one(root, file["path"], binascii.a2b_base64(file["content"]), file["mode"])
     return {"written": len(request["files"])}
 
 
@@ -132,7 +131,7 @@ def _write_one(root: int, path: str, data: bytes, mode: int | None) -> None:
         if old is not None:
             _want_file(old)
             mode = old.st_mode & 0o777 if mode is None else mode
-        fresh = f".sandboxd-{secrets.token_hex(8)}"
+        fresh = f".sandboxd-{os.urandom(8).hex()}"
         try:
             with created(at, fresh, 0o600) as fd:
                 view = memoryview(data)
