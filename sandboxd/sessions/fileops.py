@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import posixpath
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -82,9 +83,14 @@ class _Refused(Exception):
 
 def main() -> None:
     """Answer the one request. Exits with 0 whatever the answer says."""
+    signal.signal(signal.SIGTERM, _leave)
     request = json.load(sys.stdin)
     root = os.open(WORKSPACE, DIRECTORY | os.O_CLOEXEC)
     json.dump(perform(root, request), sys.stdout)
+
+
+def _leave(*_: object) -> None:
+    sys.exit(1)
 
 
 def perform(root: int, request: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import json
 import logging
 import marshal
 import os
+import signal
 import sys
 from importlib.resources import files
 from importlib.util import MAGIC_NUMBER
@@ -27,6 +28,9 @@ from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
 __all__ = ["ask"]
 
 _log = logging.getLogger(__name__)
+
+#: Seconds that a program has to end when nobody waits for its answer any more.
+_GRACE = 1.0
 
 _LIBRARY = "/run/sandboxd/changes"
 #: What the sandbox gets of this package: standard library only, all of it.
@@ -74,11 +78,17 @@ async def ask(
         process = await launcher.launch(
             spec, stdin=stdin, stdout=stdout, stderr=stderr, extra=extra
         )
+        done = False
         try:
             with trio.move_on_after(patience):
                 await process.wait()
+                done = True
         finally:
             with trio.CancelScope(shield=True):
+                if not done:  # time to take away what is half written
+                    await process.signal(signal.SIGTERM)
+                    with trio.move_on_after(_GRACE):
+                        await process.wait()
                 await process.kill()
                 ended = await process.wait()
         answer = _parsed(os.pread(stdout, max_answer, 0)) if ended.code == 0 else None
