@@ -88,6 +88,7 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
                 daemon.launcher.cgroup.lacking,
             )
         nursery.start_soon(_fail_without_launcher, daemon)
+        nursery.start_soon(daemon.audit.keep)
         nursery.start_soon(_watchdog, boot.service)
         nursery.start_soon(hooks.run)
         boot.service.ready(daemon.status())

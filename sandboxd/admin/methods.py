@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from sandboxd.admin.server_methods import ServerMethods
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
+from sandboxd.errors import StoreError
 from sandboxd.policy.explain import describe_tool, explain_call, outlook
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
@@ -136,6 +138,8 @@ class Methods:
     async def audit_tail(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
         audit = self._daemon.audit
         count = bounded(params, "n", 20, least=0, most=100_000)
+        with contextlib.suppress(StoreError):  # which must not keep anybody from reading
+            await audit.settle()
         seen = max(0, audit.last - count)
         while True:
             for record in await thread(audit.tail, audit.last - seen):
