@@ -51,6 +51,7 @@ HOOKS = (
     ("serve its socket", "sandboxd.broker.socket:_listener"),
     ("keep its record", "sandboxd.vault.vault:Vault.put_session"),
     ("encode", "sandboxd.broker.mcp:_encode"),
+    ("write", "sandboxd.broker.mcp:_Connection._write_now"),
     ("write", "trio:SocketStream.send_all"),
 )
 

@@ -21,7 +21,7 @@ import trio
 from sandboxd.audit import JSON, LATEST, AuditLog
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.attend import REAP, Tree, attend
-from sandboxd.broker.brief import brief
+from sandboxd.broker.brief import brief, is_brief
 from sandboxd.broker.capture import Capture, Progress
 from sandboxd.broker.chosen import Chosen, choose, unseal
 from sandboxd.broker.failures import failed_result, first
@@ -44,8 +44,6 @@ __all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds that the end of a call may take that is over.
-_ENDING = 10.0
 #: No tool has a longer name: what an agent asks for is recorded, and must not fill the disk.
 _LONGEST_NAME = 80
 #: Denials of one session that are recorded in a minute; whoever goes on asking is put off.
@@ -261,7 +259,7 @@ class Calls:
                 **(asking.recorded if asking else {}),
             )
             if verdict == "allow":
-                await self._look_ahead(live, decision.tool)
+                _look_ahead(live, decision.tool)
             await self._audit.settle(recorded)
         except StoreError as error:
             self.approvals.release(asking)
@@ -277,13 +275,6 @@ class Calls:
         if asking and asking.waiting:
             return _Asked(asking.waiting, decision, chosen, progress)
         return await self._run(live, decision, chosen, progress)
-
-    async def _look_ahead(self, live: _Live, tool: Tool | None) -> None:
-        """Do what can be done while the decision goes to the disk. It can't fail here."""
-        if tool is not None and not isinstance(tool, McpTool):
-            # What is wrong with the program is told when it is to run.
-            with contextlib.suppress(SandboxdError), trio.CancelScope(shield=True):
-                live.held = await brief(bytes_to_hash(tool), hold_program, tool)
 
     def _may_deny(self, session: str) -> bool:
         """Whether one more denial of the session may be recorded now."""
@@ -318,8 +309,8 @@ class Calls:
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
             result = failed_result(live.id, live.tool, first(group))
         finally:
-            with trio.move_on_after(_ENDING, shield=True):
-                await self._record_end(live, result)
+            self._record_end(live, result)
+            await self._touch(live)
         return result
 
     async def _execute(
@@ -398,8 +389,8 @@ class Calls:
         await trio.sleep(LATEST)
         await self._audit.settle(launched)
 
-    async def _record_end(self, live: _Live, result: CallResult) -> None:
-        """The last audit record and the time of use. Neither can change what happened."""
+    def _record_end(self, live: _Live, result: CallResult) -> None:
+        """The last audit record, which can't change what happened."""
         capture, end = live.capture, live.exit
         redacted = capture.redacted if capture else {}
         try:
@@ -419,7 +410,6 @@ class Calls:
                 redactions=sum(redacted.values()),
                 redacted=redacted,
             )
-            await self._touch(live)
         except SandboxdError as error:
             log.error("call %s ended, but it can't be recorded: %s", live.id, error.message)
 
@@ -434,7 +424,18 @@ class Calls:
         ]
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
-            await trio.to_thread.run_sync(self._vault.touch, due, now)
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._vault.touch, due, now)
+            except SandboxdError as error:
+                log.error("the last use of a variable can't be noted: %s", error.message)
+
+
+def _look_ahead(live: _Live, tool: Tool | None) -> None:
+    """Do what can be done while the decision goes to the disk."""
+    if tool is not None and not isinstance(tool, McpTool) and is_brief(bytes_to_hash(tool)):
+        with contextlib.suppress(SandboxdError):  # told when the program is to run
+            live.held = hold_program(tool)
 
 
 def _unrecorded(live: _Live, error: StoreError) -> CallResult:
