@@ -1,7 +1,8 @@
 """The composition root: which parts run, in which order they start, in which order they stop.
 
-Start: store, audit log, launcher, configuration, leftovers of a crash, admin socket, readiness.
-Stop: no new sessions, every session ended, the admin socket, the launcher, audit log, store.
+Start: store, audit log, launcher, configuration, leftovers of a crash, admin socket, HTTP,
+readiness. Stop: no new sessions, every session ended, HTTP and the admin socket, the launcher,
+audit log, store.
 """
 
 from __future__ import annotations
@@ -11,28 +12,32 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from socket import socket
 
 import trio
 
+from sandboxd.access.control import Access
+from sandboxd.access.ending import Dependent
 from sandboxd.admin.methods import Methods
+from sandboxd.admin.perform import guarded
 from sandboxd.admin.server import Caller, serve_admin
 from sandboxd.audit import AuditLog
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.calls import Bounds, Calls
 from sandboxd.broker.hooks import Hooks
 from sandboxd.broker.socket import serve_session_socket
-from sandboxd.errors import SandboxdError, Unavailable
+from sandboxd.errors import SandboxdError, Unauthenticated, Unavailable
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.mcpserver import with_pins
 from sandboxd.policy.pinstore import PinStore
 from sandboxd.running import Boot, Daemon, load
 from sandboxd.service import Service
-from sandboxd.sessions.manager import Manager
+from sandboxd.sessions.manager import Manager, Request
 from sandboxd.sessions.session import Session
 from sandboxd.vault.vault import Vault
 
@@ -83,6 +88,10 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
             store=daemon.vault.generation,
         )
         await nursery.start(_admin, daemon)
+        if boot.http is not None:
+            from sandboxd.http.serve import serve_http  # the framework, only where it is used
+
+            await nursery.start(serve_http, daemon, boot.http)
         if not daemon.launcher.cgroup.complete:
             _log.warning(
                 "limits hold for single processes, not for whole sandboxes: %s",
@@ -92,6 +101,9 @@ async def _serve_until_told(boot: Boot, signals: AsyncIterator[int]) -> None:
         nursery.start_soon(daemon.audit.keep)
         nursery.start_soon(_watchdog, boot.service)
         nursery.start_soon(hooks.run)
+        nursery.start_soon(daemon.access.run)
+        for warning in daemon.access.warnings:
+            _log.warning("%s", warning)
         # What there is now stays: without it a full collection takes no tenth of a second.
         gc.freeze()
         boot.service.ready(daemon.status())
@@ -162,6 +174,21 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         nursery=nursery,
     )
 
+    async def stop(rests: Callable[[Dependent], bool], reason: str) -> Sequence[Dependent]:
+        return await daemon.sessions.stop_where(rests, reason)
+
+    daemon.access = await trio.to_thread.run_sync(
+        partial(Access, daemon.vault, daemon.audit, config=lambda: daemon.config, stop=stop)
+    )
+
+    def admit(request: Request) -> None:
+        if not daemon.access.admits(request.key, request.token):
+            raise Unauthenticated
+
+    daemon.sessions.admit = admit
+    daemon.access.on_deactivated.append(daemon.pages.end_key)
+    daemon.methods = guarded(daemon, Methods(daemon).table())
+
 
 async def _admin(
     daemon: Daemon, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -180,7 +207,7 @@ async def _admin(
     own_group = group if group is not None and group in (os.getegid(), *os.getgroups()) else None
     await serve_admin(
         boot.paths.admin_socket,
-        Methods(daemon).table(),
+        daemon.methods,
         allow=allow,
         mode=0o660 if own_group is not None else 0o600,
         group=own_group,

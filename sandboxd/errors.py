@@ -19,6 +19,7 @@ __all__ = [
     "NotFound",
     "SandboxdError",
     "StoreError",
+    "Unauthenticated",
     "Unavailable",
 ]
 
@@ -86,6 +87,17 @@ class Denied(SandboxdError):
     def __init__(self, message: str, *, rule: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.rule = rule
+
+
+class Unauthenticated(Denied):
+    """No valid API key or token. Wrong, unknown, expired and deactivated ones read the same."""
+
+    code = "invalid_api_key"
+
+    def __init__(
+        self, message: str = "the API key or token is not valid", *, hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
 
 
 class Conflict(SandboxdError):

@@ -35,6 +35,7 @@ from sandboxd.privileges import (
 from sandboxd.service import Service
 
 if TYPE_CHECKING:
+    from sandboxd.http.listen import Listening
     from sandboxd.policy import Settings
     from sandboxd.secret import Secret
     from sandboxd.vault.custody import KeySource
@@ -79,6 +80,7 @@ def _start(arguments: argparse.Namespace) -> int:
     source = _key_source(settings, paths)
     key = load_master_key(source, ask=_ask)
     webhook_key = signing_key(settings.approvals.webhook)
+    http = _listening(settings)
     if who is not None:
         for directory in (paths.state, paths.runtime):
             refuse_unreachable(directory, who)
@@ -98,6 +100,7 @@ def _start(arguments: argparse.Namespace) -> int:
         identity=who,
         lock=lock,
         webhook_key=webhook_key,
+        http=http,
     )
     return run(boot)
 
@@ -177,6 +180,15 @@ def _lock(path: Path, who: Identity | None) -> int:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def _listening(settings: Settings) -> Listening | None:
+    """The HTTP API's socket, while root's ports and files can still be had."""
+    if settings.http is None:
+        return None
+    from sandboxd.http.listen import open_listening
+
+    return open_listening(settings.http)
 
 
 def _key_source(settings: Settings, paths: Paths) -> KeySource:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from socket import socket
+from typing import TYPE_CHECKING
 
 import trio
 
+from sandboxd.access.control import Access
+from sandboxd.access.pages import Pages
 from sandboxd.audit import AuditLog
 from sandboxd.broker.calls import Calls
 from sandboxd.errors import SandboxdError, Unavailable
@@ -24,12 +28,24 @@ from sandboxd.sessions.manager import Manager
 from sandboxd.vault.custody import MasterKey
 from sandboxd.vault.vault import Vault
 
+if TYPE_CHECKING:
+    from sandboxd.admin.server import Method
+    from sandboxd.http.listen import Listening
+
 __all__ = ["Boot", "Daemon", "load"]
 
 _log = logging.getLogger("sandboxd")
 
 #: Settings that are read once, when the daemon starts.
-_AT_START = ("key", "user", "admin_group", "log_level", "max_concurrent_calls", "uid_range")
+_AT_START = (
+    "key",
+    "user",
+    "admin_group",
+    "log_level",
+    "max_concurrent_calls",
+    "uid_range",
+    "http",
+)
 
 
 @dataclass
@@ -45,6 +61,7 @@ class Boot:
     identity: Identity | None
     lock: int
     webhook_key: Secret | None = None
+    http: Listening | None = None
 
 
 @dataclass
@@ -60,6 +77,11 @@ class Daemon:
     started_at: float = field(default_factory=time.time)
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
+    access: Access = field(init=False)
+    #: Who is signed in to the dashboard.
+    pages: Pages = field(default_factory=Pages)
+    #: What operators can ask of it, each method behind its permission and team.
+    methods: Mapping[str, Method] = field(init=False)
     #: Servers whose manifest names definitions that they were asked about already.
     asked: set[tuple[str, str, str]] = field(default_factory=set)
     _reloading: trio.Lock = field(default_factory=trio.Lock)
@@ -135,7 +157,7 @@ class Daemon:
                 "sandboxd.yaml: the webhook's new secret takes effect at the next start of the "
                 "daemon"
             )
-        return [*self.config.warnings, *waiting]
+        return [*self.config.warnings, *self.access.warnings, *waiting]
 
     def status(self) -> str:
         count = len(self.sessions.live)

@@ -121,6 +121,20 @@ class RealDaemon:
         """Run it expecting that it refuses to start."""
         return subprocess.run(self.command, capture_output=True, text=True, timeout=60, check=False)
 
+    def http(self, settings: str = "listen: 127.0.0.1:0") -> None:
+        """Serve HTTP, on a free port, once it starts; ``settings`` are the lines below ``http``."""
+        file = self.paths.config / "sandboxd.yaml"
+        before = file.read_text() if file.exists() else "version: 1\n"
+        lines = textwrap.indent(textwrap.dedent(settings).strip(), "  ")
+        self.write("sandboxd.yaml", f"{before}http:\n{lines}\n")
+
+    @property
+    def url(self) -> str:
+        """Where the running daemon serves HTTP."""
+        url = self.call("status")["http"]
+        assert isinstance(url, str), "this daemon serves no HTTP: call http() before start()"
+        return url
+
     def client(self) -> AdminClient:
         return AdminClient.connect(self.paths)
 

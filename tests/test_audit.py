@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -287,6 +288,21 @@ async def test_tail_gives_the_last_records_also_across_blocks(log: AuditLog) -> 
     for count in (0, 1, 2, 3, 7, 12, 50):
         assert [r["n"] for r in log.tail(count)] == list(range(12))[12 - min(count, 12) :]
     assert log.tail(-1) == []
+
+
+async def test_the_last_records_of_one_kind_are_found_between_others(log: AuditLog) -> None:
+    for n in range(12):
+        await log.append("x", n=n, team="red" if n % 5 == 0 else "blue", filler="f" * 30_000)
+
+    def red(record: Mapping[str, Any]) -> bool:
+        return record["team"] == "red"
+
+    for having in (b"", b'"team":"red"'):
+        assert [r["n"] for r in log.tail(2, where=red, having=having)] == [5, 10]
+        assert [r["n"] for r in log.tail(9, where=red, having=having)] == [0, 5, 10]
+    # The text spares parsing; which records are given is up to the function.
+    assert log.tail(9, where=lambda r: r["n"] == 1, having=b'"team":"red"') == []
+    assert [r["n"] for r in log.tail(9, where=lambda r: r["n"] == 1)] == [1]
 
 
 async def test_verification_runs_beside_appends(log: AuditLog) -> None:

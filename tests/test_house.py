@@ -16,7 +16,7 @@ PACKAGE = Path(sandboxd.__file__).parent
 
 #: Floors from the ground up. A module may import its own floor's folder and what lies below.
 FLOORS = (
-    ("errors", "secret", "names", "paths", "files", "maskable", "visible"),
+    ("errors", "secret", "names", "paths", "files", "maskable", "visible", "dotenv"),
     ("service",),
     ("isolation",),
     ("privileges",),
@@ -25,6 +25,7 @@ FLOORS = (
     ("audit",),
     ("access",),
     ("redact",),
+    ("egress",),
     ("sessions",),
     ("broker",),
     ("running",),
@@ -129,12 +130,16 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
                 "cgroup_places",
                 "cgroup_state",
                 "clocks",
+                "further",
                 "kernel",
                 "landlock",
                 "lasting",
+                "listeners",
                 "launcher",
                 "meter",
                 "overlay",
+                "packing",
+                "program",
                 "root",
                 "sandbox",
                 "seccomp",

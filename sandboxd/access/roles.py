@@ -88,7 +88,8 @@ class Principal:
     ``name`` is for records and people and holds nothing secret: a login name, or a key's prefix
     and label. ``team`` None: all teams. ``agents`` None: every agent of the team. ``key`` is the
     id of the API key that this rests on, also by way of a token or of a dashboard's page;
-    ``token`` the token's ``jti``; ``subject`` the application's user that the token is for.
+    ``token`` the token's ``jti``; ``subject`` the application's user that the token is for;
+    ``issued_at`` and ``expires_at`` the token's times, in seconds since 1970.
     """
 
     kind: Kind
@@ -99,6 +100,8 @@ class Principal:
     key: str | None = None
     token: str | None = None
     subject: str | None = None
+    issued_at: float | None = None
+    expires_at: float | None = None
 
     def may(self, permission: Permission) -> bool:
         """Whether the role has this permission at all."""

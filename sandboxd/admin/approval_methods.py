@@ -49,7 +49,8 @@ class ApprovalMethods:
         return self._daemon.calls.approvals
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        return Reply({"approvals": [_row(waiting) for waiting in self._approvals.waiting]})
+        seen = [waiting for waiting in self._approvals.waiting if _sees(caller, waiting)]
+        return Reply({"approvals": [_row(waiting) for waiting in seen]})
 
     async def show(self, caller: Caller, params: dict[str, Any]) -> Reply:
         return Reply(_whole(self._approvals.find(param(params, "id", str))))
@@ -77,7 +78,12 @@ class ApprovalMethods:
         """Each question once, whole, and each end: ``{"event": "asked"|"ended", ...}``."""
         async with aclosing(self._approvals.events()) as events:
             async for waiting in events:
-                yield _event(waiting)
+                if _sees(caller, waiting):
+                    yield _event(waiting)
+
+
+def _sees(caller: Caller, waiting: Waiting) -> bool:
+    return caller.principal.reaches(waiting.question.team, waiting.question.agent)
 
 
 def _event(waiting: Waiting) -> dict[str, Any]:
@@ -97,6 +103,7 @@ def _names(question: Question) -> dict[str, Any]:
     return {
         "id": question.id,
         "agent": question.agent,
+        "team": question.team,
         "session": question.session,
         "tool": question.tool,
         "digest": question.digest,

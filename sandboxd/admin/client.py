@@ -1,4 +1,4 @@
-"""The admin socket from the other side: synchronous, standard library only, for sandboxctl."""
+"""The admin methods from the other side: synchronous, standard library only, for sandboxctl."""
 
 from __future__ import annotations
 
@@ -8,13 +8,36 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sandboxd.admin import protocol
 from sandboxd.errors import Denied, Invalid, SandboxdError, Unavailable
 from sandboxd.paths import MAX_SOCKET_PATH, Paths
 
-__all__ = ["AdminClient"]
+__all__ = ["AdminClient", "Client"]
+
+
+class Client(Protocol):
+    """What commands use of a daemon, over the admin socket or over HTTP."""
+
+    def call(self, method: str, /, **params: Any) -> Any:
+        """The method's result. Raises what the daemon raised, or Unavailable when it went away."""
+
+    def stream(self, method: str, /, **params: Any) -> Iterator[Any]:
+        """What a streaming method sends, until its reply. Close the client to stop one early."""
+
+    def follow(self, method: str, /, **params: Any) -> int:
+        """Start a streaming method without waiting: :meth:`arrived` takes the number."""
+
+    def arrived(self, request: int) -> list[Any]:
+        """What :meth:`follow` brought since the last time. Raises what ended the method."""
+
+    def fileno(self) -> int:
+        """Readable when something of a followed method may have arrived."""
+
+    def close(self) -> None: ...
+    def __enter__(self) -> Client: ...
+    def __exit__(self, *exc: object) -> None: ...
 
 
 class AdminClient:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
@@ -11,16 +10,22 @@ from typing import Any
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.agent_methods import AgentMethods
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
+from sandboxd.admin.dashboard_methods import DashboardMethods
+from sandboxd.admin.exec_methods import ExecMethods
+from sandboxd.admin.file_methods import FileMethods
+from sandboxd.admin.key_methods import KeyMethods
 from sandboxd.admin.params import bounded, iso, known_agent, known_tool, param, thread
+from sandboxd.admin.reach import agents_of, live_of, sees_record, tools_of
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.server_methods import ServerMethods
 from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
-from sandboxd.errors import StoreError
-from sandboxd.policy.explain import describe_tool, explain_call, outlook
+from sandboxd.errors import Denied
+from sandboxd.policy.explain import describe_tool, explain_call, explain_egress, outlook
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 
@@ -35,12 +40,17 @@ class Methods:
 
     def table(self) -> Mapping[str, Method]:
         return {
+            **AgentMethods(self._daemon).table(),
             **VariableMethods(self._daemon).table(),
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
+            **ExecMethods(self._daemon).table(),
             **ChangeMethods(self._daemon).table(),
+            **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
+            **KeyMethods(self._daemon).table(),
+            **DashboardMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,
@@ -49,6 +59,7 @@ class Methods:
             "audit.tail": self.audit_tail,
             "audit.verify": self.audit_verify,
             "policy.explain": self.policy_explain,
+            "policy.egress": self.policy_egress,
             "policy.outlook": self.policy_outlook,
             "tools.show": self.tools_show,
         }
@@ -56,7 +67,24 @@ class Methods:
     # -- the daemon ---------------------------------------------------------------------------
 
     async def status(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        daemon, boot = self._daemon, self._daemon.boot
+        """The daemon for its operators; for a team's principal what of it is the team's."""
+        daemon, boot, principal = self._daemon, self._daemon.boot, caller.principal
+        if principal.team is not None:
+            live = live_of(daemon, principal)
+            return Reply(
+                {
+                    "version": __version__,
+                    "started_at": iso(daemon.started_at),
+                    "name": principal.name,
+                    "team": principal.team,
+                    "role": principal.role,
+                    "sessions": len(live),
+                    "calls": sum(daemon.calls.running(session.id) for session in live),
+                    "approvals": sum(daemon.calls.approvals.count(s.id) for s in live)
+                    if principal.may("approvals.read")
+                    else 0,
+                }
+            )
         return Reply(
             {
                 "version": __version__,
@@ -68,6 +96,7 @@ class Methods:
                 "config": str(boot.paths.config),
                 "state": str(boot.paths.state),
                 "runtime": str(boot.paths.runtime),
+                "http": boot.http.url if boot.http is not None else None,
                 "generation": daemon.config.generation,
                 "sessions": len(daemon.sessions.live),
                 "calls": daemon.calls.running(),
@@ -99,22 +128,24 @@ class Methods:
 
     async def agents_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
         rows = []
-        for slug, agent in sorted(self._daemon.config.agents.items()):
+        live = live_of(self._daemon, caller.principal)
+        for slug, agent in agents_of(self._daemon, caller.principal).items():
             rows.append(
                 {
                     "slug": slug,
+                    "team": agent.team,
                     "description": agent.description,
                     "policy": agent.policy,
                     "tools": list(agent.tools),
-                    "variables": len(await thread(self._daemon.vault.list, slug)),
-                    "sessions": sum(s.agent.slug == slug for s in self._daemon.sessions.live),
+                    "variables": len(await thread(self._daemon.vault.of(agent.team).list, slug)),
+                    "sessions": sum((s.team, s.agent.slug) == (agent.team, slug) for s in live),
                 }
             )
         return Reply({"agents": rows})
 
     async def tools_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
         config = self._daemon.config
-        wanted = set(config.tools)
+        wanted = tools_of(self._daemon, caller.principal)
         if params.get("agent") is not None:
             wanted = set(known_agent(self._daemon, params).tools)
         rows = [
@@ -136,19 +167,25 @@ class Methods:
     # -- audit and policy ---------------------------------------------------------------------
 
     async def audit_tail(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        audit = self._daemon.audit
+        """The last ``n`` records that the caller may see, then each new one."""
+        audit, principal = self._daemon.audit, caller.principal
         count = bounded(params, "n", 20, least=0, most=100_000)
-        with contextlib.suppress(StoreError):  # which must not keep anybody from reading
-            await audit.settle()
-        seen = max(0, audit.last - count)
+        seen = audit.newest
+        recent = partial(audit.tail, count)
+        if principal.team is not None:
+            sees = partial(sees_record, principal)
+            recent = partial(recent, where=sees, having=f'"team":"{principal.team}"'.encode())
+        records = await thread(recent)
         while True:
-            for record in await thread(audit.tail, audit.last - seen):
-                if record["seq"] > seen:
-                    seen = record["seq"]
+            for record in records:
+                seen = max(seen, record["seq"])
+                if sees_record(principal, record):
                     yield record
             if not params.get("follow"):
                 return
             await trio.sleep(0.2)
+            fresh = await thread(audit.tail, audit.newest - seen)
+            records = [record for record in fresh if record["seq"] > seen]
 
     async def audit_verify(self, caller: Caller, params: dict[str, Any]) -> Reply:
         report = await thread(self._daemon.audit.verify)
@@ -165,25 +202,43 @@ class Methods:
         daemon, agent = self._daemon, known_agent(self._daemon, params)
         tool = param(params, "tool", str)
         found = explain_call(daemon.config, agent, tool, params.get("arguments", {}))
-        versions = {v.name: v.version for v in await thread(daemon.vault.list, agent.slug)}
+        variables = await thread(daemon.vault.of(agent.team).list, agent.slug)
+        versions = {v.name: v.version for v in variables}
         for item in found["inject"]:
             item["version"] = versions.get(item["variable"])
         return Reply(
             {**found, "isolation": layers(found["network"], daemon.launcher, found["lowered"])}
         )
 
+    async def policy_egress(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """What the agent, or one of its tools, may reach; and whether ``target`` is of it."""
+        agent = known_agent(self._daemon, params)
+        tool = known_tool(self._daemon, params) if params.get("tool") else None
+        target, method = str(params.get("target") or ""), str(params.get("method") or "")
+        return Reply(explain_egress(self._daemon.config, agent, tool, target, method))
+
     async def policy_outlook(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """What each agent can do: by the configuration in force, or by what the files say now."""
+        host = caller.principal.team is None
+        if params.get("files") and not host:
+            raise Denied(
+                "the configuration's files are the host's: its agents are everybody's",
+                hint="leave 'files' away: what is in force is shown",
+            )
         config = await self._daemon.check() if params.get("files") else self._daemon.config
+        found = await thread(partial(outlook, config, servers=bool(params.get("servers"))))
+        if not host:
+            seen = agents_of(self._daemon, caller.principal)
+            found = {slug: rows for slug, rows in found.items() if slug in seen}
         return Reply(
             {
                 "generation": config.generation,
-                "outlook": await thread(
-                    partial(outlook, config, servers=bool(params.get("servers")))
-                ),
-                "warnings": list(config.warnings),
+                "outlook": found,
+                "warnings": list(config.warnings) if host else [],
             }
         )
 
     async def tools_show(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        return Reply(describe_tool(self._daemon.config, known_tool(self._daemon, params)))
+        found = describe_tool(self._daemon.config, known_tool(self._daemon, params))
+        seen = agents_of(self._daemon, caller.principal)
+        return Reply({**found, "agents": [slug for slug in found["agents"] if slug in seen]})

@@ -23,10 +23,12 @@ from sandboxd.errors import (
     NotFound,
     SandboxdError,
     StoreError,
+    Unauthenticated,
     Unavailable,
 )
 
 __all__ = [
+    "BEAT_SECONDS",
     "INTERNAL",
     "INVALID_REQUEST",
     "MAX_FDS",
@@ -51,6 +53,9 @@ MAX_LINE = 16 * 1024 * 1024
 #: Most descriptors that one reply brings; the kernel's own limit is 253 (SCM_MAX_FD).
 MAX_FDS = 8
 
+#: Over HTTP: seconds of silence after which the server sends an empty line.
+BEAT_SECONDS = 15.0
+
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
 METHOD_NOT_FOUND = -32601
@@ -58,7 +63,16 @@ INTERNAL = -32603
 _FAILED = -32000
 
 _CLASSES: dict[str, type[SandboxdError]] = {
-    kind.code: kind for kind in (ConfigError, Conflict, Invalid, NotFound, StoreError, Unavailable)
+    kind.code: kind
+    for kind in (
+        ConfigError,
+        Conflict,
+        Invalid,
+        NotFound,
+        StoreError,
+        Unauthenticated,
+        Unavailable,
+    )
 }
 
 

@@ -28,12 +28,13 @@ from typing import Any, NoReturn
 
 import trio
 
+from sandboxd.access.roles import Principal
 from sandboxd.admin import protocol
 from sandboxd.errors import Conflict, Denied, Invalid, NotFound, SandboxdError
 from sandboxd.names import shown
 from sandboxd.paths import MAX_SOCKET_PATH
 
-__all__ = ["Caller", "Method", "Reply", "serve_admin"]
+__all__ = ["Caller", "Method", "Reply", "clean_up", "only_expected", "serve_admin"]
 
 #: Requests that one connection may have running, and connections that the socket serves.
 MAX_RUNNING = 32
@@ -49,13 +50,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """Who is asking, as the kernel says. ``name`` is the login name, or the uid as text."""
+    """Who is asking: a principal and, on the admin socket, the peer that the kernel tells."""
 
-    uid: int
-    pid: int
-    name: str
+    principal: Principal
+    uid: int | None = None
+    pid: int | None = None
     gids: tuple[int, ...] = ()
     _left: list[Callable[[], Awaitable[None]]] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def local(cls, uid: int, pid: int, name: str, gids: tuple[int, ...] = ()) -> Caller:
+        """A peer of the admin socket; ``name`` is the login name, or the uid as text."""
+        return cls(Principal("host", name, "host", None), uid, pid, gids)
+
+    @classmethod
+    def remote(cls, principal: Principal) -> Caller:
+        """One request of somebody who has no connection, and so no descriptors can go there."""
+        return cls(principal)
+
+    @property
+    def name(self) -> str:
+        """Who it is, for records and people."""
+        return self.principal.name
+
+    @property
+    def attachable(self) -> bool:
+        """Whether descriptors can be passed to it."""
+        return self.uid is not None
 
     def on_disconnect(self, action: Callable[[], Awaitable[None]]) -> Callable[[], None]:
         """Run ``action`` when this connection is gone; the returned function takes that back.
@@ -130,6 +151,7 @@ async def _serve_connection(
     caller: Caller | None = None
     try:
         caller = await _peer(stream)
+        assert caller.uid is not None
         if not allow(caller.uid, list(caller.gids)):
             _log.warning("refused admin connection of uid %d (pid %d)", caller.uid, caller.pid)
             if refused is not None:
@@ -148,7 +170,7 @@ async def _serve_connection(
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(stream)
             if caller is not None:
-                await _clean_up(caller)
+                await clean_up(caller)
 
 
 class _Connection:
@@ -285,7 +307,7 @@ async def _peer(stream: trio.SocketStream) -> Caller:
         if error.errno != errno.ERANGE:
             raise
         groups.extend(known)
-    return Caller(uid=uid, pid=pid, name=name, gids=(gid, *groups))
+    return Caller.local(uid, pid, name, (gid, *groups))
 
 
 def _login(uid: int, gid: int) -> tuple[str, list[int]]:
@@ -296,7 +318,8 @@ def _login(uid: int, gid: int) -> tuple[str, list[int]]:
     return name, os.getgrouplist(name, gid)
 
 
-async def _clean_up(caller: Caller) -> None:
+async def clean_up(caller: Caller) -> None:
+    """Do what the caller's methods left for when it is gone, within :data:`CLEANUP_SECONDS`."""
     with trio.move_on_after(CLEANUP_SECONDS) as scope:
         while caller._left:
             action = caller._left.pop()
@@ -309,7 +332,7 @@ async def _clean_up(caller: Caller) -> None:
 
 
 def _failed(id: Any, method: str, error: Exception) -> dict[str, Any]:
-    expected = _only_expected(error)
+    expected = only_expected(error)
     if expected is not None:
         return protocol.failure(id, expected)
     _log.error("admin method %s failed: %s", method, _where(error))
@@ -321,12 +344,12 @@ def _failed(id: Any, method: str, error: Exception) -> dict[str, Any]:
     return protocol.failure(id, internal, protocol.INTERNAL)
 
 
-def _only_expected(error: BaseException) -> SandboxdError | None:
+def only_expected(error: BaseException) -> SandboxdError | None:
     """The one SandboxdError that an exception or a nursery's group of them consists of."""
     if isinstance(error, SandboxdError):
         return error
     if isinstance(error, BaseExceptionGroup):
-        found = [_only_expected(inner) for inner in error.exceptions]
+        found = [only_expected(inner) for inner in error.exceptions]
         return found[0] if all(one is not None for one in found) else None
     return None
 

@@ -10,6 +10,7 @@ import trio
 
 from sandboxd.admin.offers import offered_by
 from sandboxd.admin.params import iso, known_agent, param
+from sandboxd.admin.reach import agents_of
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Conflict, Invalid, NotFound
 from sandboxd.names import shown
@@ -42,8 +43,12 @@ class ServerMethods:
     async def pins(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """Every configured server, and what was accepted of it."""
         config, accepted = self._daemon.config, self._daemon.pins.pins
+        seen = agents_of(self._daemon, caller.principal)
         rows = []
         for name in sorted({*config.servers, *accepted}):
+            listing = [slug for slug in _agents_of(config, name) if slug in seen]
+            if not listing and caller.principal.team is not None:
+                continue
             server, pin = config.servers.get(name), accepted.get(name)
             changes = self._changes(name)
             offered = [t for t in config.tools if t.startswith(f"{name}__")]
@@ -57,7 +62,7 @@ class ServerMethods:
                     "accepted_by": pin.by if pin else None,
                     "accepted_at": iso(pin.at) if pin else None,
                     "changes": list(changes),
-                    "agents": _agents_of(config, name),
+                    "agents": listing,
                     "running": sum(
                         one.server.name == name for one in self._daemon.calls.servers.live()
                     ),

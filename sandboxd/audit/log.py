@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ _OWN_FIELDS = frozenset({"seq", "at", "event", "prev", "mac"})
 _KEY_SIZE = 32
 #: Seconds that a noted record may wait for others before it is written for its own sake.
 LATEST = 0.05
+
+#: How far back records are looked for that only some are.
+_SEARCHED = 256 << 20
 
 _FLAGS = os.O_RDWR | os.O_CREAT
 
@@ -199,22 +202,46 @@ class AuditLog:
         """The number of the newest record that is on disk."""
         return self._durable.seq
 
-    def tail(self, n: int) -> list[dict[str, Any]]:
+    @property
+    def newest(self) -> int:
+        """The number of the newest record there is."""
+        return self._next.seq
+
+    def tail(
+        self,
+        n: int,
+        *,
+        where: Callable[[Mapping[str, Any]], bool] | None = None,
+        having: bytes = b"",
+    ) -> list[dict[str, Any]]:
         """The last ``n`` records, oldest first, those that are on their way to the disk included.
 
-        Any thread may call it. Raises StoreError.
+        With ``where`` those of them for which it is true; then it looks back :data:`_SEARCHED`
+        bytes at most. ``having`` is text that each such record's line contains: others are not
+        even parsed. Any thread may call it. Raises StoreError.
         """
         waiting = list(self._waiting)  # looked at first: what leaves it is in the file by then
         durable = self._durable
-        behind = b"".join(line for seq, line in waiting if seq > durable.seq)
-        start, data = durable.size, b""
+        start, end = durable.size, max(0, durable.size - _SEARCHED) if where is not None else 0
+        found: list[dict[str, Any]] = []
+
+        def look(lines: Iterable[bytes]) -> None:
+            for line in lines:
+                if len(found) < n and line and having in line:
+                    record = json.loads(line)
+                    if where is None or where(record):
+                        found.append(record)
+
+        rest = b""  # of a line that begins further ahead
         with self._reading():
-            while start > 0 and data.count(b"\n") + behind.count(b"\n") <= n:
+            look(line for seq, line in reversed(waiting) if seq > durable.seq)
+            while start > end and len(found) < n:
                 step = min(start, 1 << 16)
                 start -= step
-                data = os.pread(self._log, step, start) + data
-            lines = (data + behind).split(b"\n")[:-1]
-            return [json.loads(line) for line in lines[max(0, len(lines) - max(0, n)) :]]
+                lines = (os.pread(self._log, step, start) + rest).split(b"\n")
+                rest = lines[0]
+                look(reversed(lines[1:] if start else lines))
+        return found[::-1]
 
     def verify(self) -> AuditReport:
         """Read everything and check every record. Any thread may call it, appends go on.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 from typing import Any
 
-from sandboxd.admin.client import AdminClient
+from sandboxd.admin.client import Client
 
 __all__ = ["run_tool"]
 
 
-def run_tool(client: AdminClient, **params: Any) -> tuple[bytes, bytes, dict[str, Any]]:
+def run_tool(client: Client, **params: Any) -> tuple[bytes, bytes, dict[str, Any]]:
     """Call ``tools.run``: standard output, standard error, and how it ended."""
     kept = {"stdout": bytearray(), "stderr": bytearray()}
     ended: dict[str, Any] = {}

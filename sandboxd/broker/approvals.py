@@ -64,7 +64,7 @@ class Approvals:
         self._waiting: dict[str, Waiting] = {}
         self._kept: dict[str, OrderedDict[str, Answer]] = {}
         self._asks: dict[str, deque[float]] = {}
-        self._settled: OrderedDict[str, Answer] = OrderedDict()
+        self._settled: OrderedDict[str, tuple[Answer, str, str]] = OrderedDict()
         self._changed = trio.Event()
         #: Told of each question and of what came of it. Must neither wait nor raise.
         self.listeners: list[Callable[[Waiting], None]] = []
@@ -76,6 +76,12 @@ class Approvals:
         """The open questions, oldest first."""
         return list(self._waiting.values())
 
+    def asked(self) -> dict[str, tuple[str, str]]:
+        """Team and agent of every question that waits or is remembered, by its whole id."""
+        settled = {id: (team, agent) for id, (_, team, agent) in self._settled.items()}
+        open_ = {id: (w.question.team, w.question.agent) for id, w in self._waiting.items()}
+        return settled | open_
+
     def count(self, session: str) -> int:
         """How many calls of a session wait."""
         return sum(waiting.question.session == session for waiting in self._waiting.values())
@@ -85,7 +91,7 @@ class Approvals:
         if id in self._waiting:
             return self._waiting[id]
         if id in self._settled:
-            raise Conflict(f"{id} does not wait any more: {_told(self._settled[id])}")
+            raise Conflict(f"{id} does not wait any more: {_told(self._settled[id][0])}")
         raise NotFound(f"no call {shown(id)} waits for approval", hint="sandboxctl approvals list")
 
     def find(self, id: str) -> Waiting:
@@ -297,7 +303,8 @@ class Approvals:
     def _remember_end(self, waiting: Waiting, answer: Answer) -> None:
         waiting.answer = answer
         self._waiting.pop(waiting.question.id, None)
-        self._settled[waiting.question.id] = answer
+        question = waiting.question
+        self._settled[question.id] = (answer, question.team, question.agent)
         while len(self._settled) > _SETTLED:
             self._settled.popitem(last=False)
         self._publish(waiting)
@@ -339,6 +346,7 @@ def _about(waiting: Waiting) -> dict[str, JSON]:
     question = waiting.question
     return {
         "agent": question.agent,
+        "team": question.team,
         "session": question.session,
         "tool": question.tool,
         "call": question.id,

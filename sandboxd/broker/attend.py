@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,7 @@ import trio
 from sandboxd.broker import descriptors
 from sandboxd.broker.capture import Capture, Stream
 from sandboxd.broker.launch import Prepared
+from sandboxd.egress.outlet import Outlet
 from sandboxd.errors import Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 
@@ -48,6 +50,7 @@ async def attend(
     *,
     capture: Callable[[], Capture],
     overlay: int,
+    way_out: AbstractContextManager[Outlet],
     started: Callable[[int], int],
     stays: Callable[[int], Awaitable[None]],
     ended: trio.CancelScope,
@@ -58,12 +61,15 @@ async def attend(
     ``capture`` makes what takes the output, while the program is being started. ``started`` is told
     the sandbox's pid, and ``stays``, for a program that does, what it returned; where one fails the
     program is killed. Cancelling ``ended`` ends it too. ``overlay`` is the namespace that a launch
-    may bring along. Raises what these and the launch raise, and Unavailable when the launcher is
-    gone. ``tree.alive`` is false afterwards unless something could not be killed.
+    may bring along, ``way_out`` what leads out of the sandbox. Raises what these and the launch
+    raise, and Unavailable when the launcher is gone. ``tree.alive`` is false afterwards unless
+    something could not be killed.
     """
     with contextlib.ExitStack() as ours:
         taken: list[Capture] = []
         with contextlib.ExitStack() as given:
+            outlet = given.enter_context(way_out)
+            leads_out = bool(outlet.fds)
             stdout, stdout_end = descriptors.pipe(ours, given)
             stderr, stderr_end = descriptors.pipe(ours, given)
             process = await launcher.launch(
@@ -74,16 +80,21 @@ async def attend(
                 extra=[
                     *(descriptors.memory(data, given) for data in prepared.descriptors),
                     *([overlay] if prepared.spec.brings_namespace else ()),
+                    *outlet.fds,
                 ],
                 meanwhile=lambda: taken.append(capture()),
             )
+            outlet.take()
+            ours.callback(outlet.close)
         captured = taken[-1]
         tree.alive = True
         try:
             number = started(process.pid)
             output: _Output = (("stdout", stdout), ("stderr", stderr))
-            if process.exit is None or not all(captured.take(*each) for each in output):
-                await _stay(tree, process, captured, output, ended, grace, partial(stays, number))
+            ended_at_once = process.exit is not None and not leads_out
+            if not ended_at_once or not all(captured.take(*each) for each in output):
+                beside = (partial(stays, number), outlet.serve, captured.report)
+                await _stay(tree, process, captured, output, ended, grace, beside)
         finally:
             await _end(tree, process, 0.0 if captured.overflowed else grace)
     captured.finish()
@@ -97,15 +108,15 @@ async def _stay(
     output: _Output,
     ended: trio.CancelScope,
     grace: float,
-    stays: Callable[[], Awaitable[None]],
+    beside: Iterable[Callable[[], Awaitable[None]]],
 ) -> None:
-    """Read what a program prints that runs for a while, pass progress on, and see to its end."""
+    """Read what a program prints that runs for a while, and see to its end; tasks ``beside``."""
     async with trio.open_nursery() as nursery, descriptors.reading(grace) as scopes:
         done = [trio.Event() for _ in output]
         for (stream, pipe), event, scope in zip(output, done, scopes, strict=True):
             nursery.start_soon(_read, capture, stream, pipe, event, scope)
-        nursery.start_soon(capture.report)
-        nursery.start_soon(stays)
+        for task in beside:
+            nursery.start_soon(task)
         try:
             with ended:
                 tree.exit = await process.wait()

@@ -31,6 +31,7 @@ from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.servers import Servers, Tally
 from sandboxd.broker.session import Session
+from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.uids import UidPool
@@ -106,7 +107,7 @@ class Calls:
         )
         self._live: dict[str, _Live] = {}
         self._denials: dict[str, deque[float]] = {}
-        self._touched: dict[tuple[str, str, int], float] = {}
+        self._touched: dict[tuple[str, str, str, int], float] = {}
 
     def tools(self, session: Session) -> list[Tool]:
         """The tools that this session may see, in the order of its agent's file."""
@@ -119,10 +120,15 @@ class Calls:
 
     def running(self, session_id: str | None = None) -> int:
         """How many calls are alive, of one session or of all."""
-        return sum(
-            session_id in (None, live.session.id) and not live.asking
-            for live in self._live.values()
-        )
+        return sum(not live.asking for live in self._alive(session_id))
+
+    def in_flight(self, session_id: str) -> list[JSON]:
+        """The calls of a session that are alive, the oldest first."""
+        alive = self._alive(session_id)
+        return [{"call": one.id, "tool": one.tool, "waiting": one.asking} for one in alive]
+
+    def _alive(self, session_id: str | None) -> list[_Live]:
+        return [one for one in self._live.values() if session_id in (None, one.session.id)]
 
     async def call(
         self,
@@ -153,17 +159,18 @@ class Calls:
                 del self._live[live.id]
                 live.ended.set()
 
-    async def cancel_using(self, agent: str, name: str, up_to: int) -> int:
+    async def cancel_using(self, team: str, agent: str, name: str, up_to: int) -> int:
         """End the calls that hold a version of the variable up to ``up_to``; how many there were.
 
         MCP servers that hold one end as well. Returns when their trees are dead.
         """
-        servers = self.servers.end_using(agent, name, up_to)
+        servers = self.servers.end_using(team, agent, name, up_to)
         ended = await self._cancel(
             [
                 live
                 for live in self._live.values()
-                if live.session.agent.slug == agent and 0 < live.versions.get(name, 0) <= up_to
+                if (live.session.agent.team, live.session.agent.slug) == (team, agent)
+                and 0 < live.versions.get(name, 0) <= up_to
             ],
             f"the variable {name} was revoked",
         )
@@ -173,10 +180,7 @@ class Calls:
 
     async def cancel_session(self, session_id: str) -> int:
         """End every call of a session; how many there were. Returns when their trees are dead."""
-        return await self._cancel(
-            [live for live in self._live.values() if live.session.id == session_id],
-            "the session was stopped",
-        )
+        return await self._cancel(self._alive(session_id), "the session was stopped")
 
     async def end_session(self, session_id: str) -> None:
         """End what is kept ready for the calls of a session. It makes no more of them."""
@@ -365,6 +369,9 @@ class Calls:
                 live,
                 capture=capture,
                 overlay=session.overlay,
+                way_out=open_outlet(
+                    prepared.egress, _who(live), self._audit.append, self._vault, session.snapshot
+                ),
                 started=lambda pid: self._audit.note("call.launched", **_who(live), pid=pid),
                 stays=self._settle,
                 ended=ended,
@@ -415,18 +422,19 @@ class Calls:
 
     async def _touch(self, live: _Live) -> None:
         """Remember when the variables were last used, at most once a second for each."""
-        now = time.time()
+        now, agent = time.time(), live.session.agent
         due = [
             use
             for name, version in live.versions.items()
-            if now - self._touched.get(use := (live.session.agent.slug, name, version), 0.0)
+            if now - self._touched.get(use := (agent.team, agent.slug, name, version), 0.0)
             > _TOUCH_PAUSE
         ]
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
+            touch = self._vault.of(agent.team).touch
             try:
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._vault.touch, due, now)
+                    await trio.to_thread.run_sync(touch, [use[1:] for use in due], now)
             except SandboxdError as error:
                 log.error("the last use of a variable can't be noted: %s", error.message)
 
@@ -449,8 +457,9 @@ def _unrecorded(live: _Live, error: StoreError) -> CallResult:
 
 
 def _who(live: _Live) -> dict[str, Any]:
-    session = live.session
-    return {"agent": session.agent.slug, "session": session.id, "tool": live.tool, "call": live.id}
+    session, agent = live.session, live.session.agent
+    about = {"agent": agent.slug, "team": agent.team, "session": session.id}
+    return {**about, "tool": live.tool, "call": live.id}
 
 
 def _new_id() -> str:

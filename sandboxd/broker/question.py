@@ -43,10 +43,10 @@ Scope = Literal["once", "session"]
 
 @dataclass(frozen=True)
 class By:
-    """Who answered: a name for people, and the uid that the kernel told."""
+    """Who answered: a name for people, and the uid that the kernel told, on the admin socket."""
 
     name: str
-    uid: int
+    uid: int | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Question:
 
     id: str
     agent: str
+    team: str
     session: str
     tool: str
     description: str
@@ -173,6 +174,7 @@ def question_of(
     return Question(
         id=id,
         agent=session.agent.slug,
+        team=session.agent.team,
         session=session.id,
         tool=tool.name,
         description=tool.description,

@@ -15,7 +15,7 @@ from sandboxd.cli.parser import Commands, Parser, command
 from sandboxd.errors import Invalid, NotFound
 
 if TYPE_CHECKING:
-    from sandboxd.admin.client import AdminClient
+    from sandboxd.admin.client import Client
     from sandboxd.authoring.findings import Finding
     from sandboxd.secret import Secret
 
@@ -192,9 +192,7 @@ def run(args: argparse.Namespace) -> int:
     return _STATUS.get(ended["outcome"], 1)
 
 
-def _tell_of_waiting(
-    daemon: AdminClient, args: argparse.Namespace, arguments: dict[str, Any]
-) -> None:
+def _tell_of_waiting(daemon: Client, args: argparse.Namespace, arguments: dict[str, Any]) -> None:
     """Say it beforehand when the call will wait: nothing comes until somebody answers."""
     agent = args.agent or daemon.call("session.show", id=args.session)["agent"]
     asked = daemon.call("policy.explain", agent=agent, tool=args.tool, arguments=arguments)

@@ -17,7 +17,10 @@ from sandboxd.errors import SandboxdError
 
 __all__ = ["Node", "add", "nodes"]
 
-_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals")
+#: Seconds that a prompt waits for a server far away.
+_PATIENCE = 2.0
+
+_KINDS = ("agents", "tools", "servers", "sessions", "variables", "approvals", "keys")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def print_names(args: argparse.Namespace) -> int:
     from sandboxd.cli.daemon import connect
 
     try:
-        with connect(args) as daemon:
+        with connect(args, timeout=_PATIENCE) as daemon:
             if args.kind == "agents":
                 names = [row["slug"] for row in daemon.call("agents.list")["agents"]]
             elif args.kind == "tools":
@@ -83,6 +86,8 @@ def print_names(args: argparse.Namespace) -> int:
                 names = [row["id"] for row in daemon.call("session.list", all=False)["sessions"]]
             elif args.kind == "approvals":
                 names = [row["id"] for row in daemon.call("approvals.list")["approvals"]]
+            elif args.kind == "keys":
+                names = [row["id"] for row in daemon.call("keys.list", all=False)["keys"]]
             elif args.agent:
                 rows = daemon.call("env.list", agent=args.agent)["variables"]
                 names = [row["name"] for row in rows]
@@ -132,21 +137,32 @@ __sandboxctl_lookup() {
     esac
 }
 __sandboxctl() {
-    local cur=${COMP_WORDS[COMP_CWORD]} path= word agent= n=0 skip= wanted i key
+    local cur=${COMP_WORDS[COMP_CWORD]} path= word agent= n=0 skip= wanted i key glued=
     local commands options valued arguments repeats
-    local -a shared=()
+    local -a shared=() words=()
     local IFS=$' \t\n'
     COMPREPLY=()
     __sandboxctl_node ""
-    for ((i = 1; i < COMP_CWORD; i++)); do
+    # bash cuts a URL at its colons (COMP_WORDBREAKS): put it together again.
+    for ((i = 0; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
+        if [[ -n $glued || ( $i -gt 0 && $word =~ ^[:=]+$ ) ]]; then
+            words[${#words[@]} - 1]+=$word
+        else
+            words+=("$word")
+        fi
+        [[ $word =~ ^[:=]+$ ]] && glued=x || glued=
+    done
+    for word in "${words[@]:1}"; do
         if [[ -n $skip ]]; then
             [[ $skip == shared ]] && shared+=("$word")
             skip=
         elif [[ $word == -- ]]; then
             return 0
         elif [[ $word == -* ]]; then
-            if [[ $word == --config || $word == --state || $word == --runtime ]]; then
+            if [[ $word == *=* && " @SHARED@ " == *" ${word%%=*} "* ]]; then
+                shared+=("$word")
+            elif [[ " @SHARED@ " == *" $word "* ]]; then
                 shared+=("$word") skip=shared
             elif [[ " $valued " == *" $word "* ]]; then
                 skip=other
@@ -208,10 +224,12 @@ _sandboxctl() {
             skip=
         elif [[ $word == -- ]]; then
             return
+        elif [[ $word == -*=* && " @SHARED@ " == *" ${word%%=*} "* ]]; then
+            shared+=("$word")
         elif [[ $word == -* ]]; then
             if [[ " $valued " == *" $word "* ]]; then
                 skip=other
-                [[ $word == --config || $word == --state || $word == --runtime ]] &&
+                [[ " @SHARED@ " == *" $word "* ]] &&
                     { shared+=("$word"); skip=shared }
             fi
         elif (( ${commands[(I)$word:*]} )); then
@@ -282,10 +300,12 @@ function __sandboxctl_complete
             set skip
         else if test "$word" = --
             return
+        else if string match -q -- '-*=*' $word
+            contains -- (string replace -r '=.*' '' -- $word) @SHARED@; and set -a shared $word
         else if string match -q -- '-*' $word
             if contains -- $word $__sandboxctl_valued
                 set skip other
-                if contains -- $word --config --state --runtime
+                if contains -- $word @SHARED@
                     set -a shared $word
                     set skip shared
                 end
@@ -339,7 +359,7 @@ def _bash(found: list[Node]) -> str:
         f"            repeats={'x' if node.repeats else ''} ;;"
         for node in found
     ]
-    return _BASH.replace("@CASES@", "\n".join(cases))
+    return _filled(_BASH, cases)
 
 
 def _zsh(found: list[Node]) -> str:
@@ -355,7 +375,7 @@ def _zsh(found: list[Node]) -> str:
         f"            repeats={'x' if node.repeats else ''} ;;"
         for node in found
     ]
-    return _ZSH.replace("@CASES@", "\n".join(cases))
+    return _filled(_ZSH, cases)
 
 
 def _fish(found: list[Node]) -> str:
@@ -371,7 +391,12 @@ def _fish(found: list[Node]) -> str:
         f"            set __sandboxctl_repeats {'x' if node.repeats else ''}"
         for node in found
     ]
-    return _FISH.replace("@CASES@", "\n".join(cases))
+    return _filled(_FISH, cases)
+
+
+def _filled(script: str, cases: list[str]) -> str:
+    shared = " ".join(option for option, _, _ in tree.SHARED)
+    return script.replace("@CASES@", "\n".join(cases)).replace("@SHARED@", shared)
 
 
 def _quoted(text: str) -> str:

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from sandboxd.admin.client import AdminClient
+from sandboxd.admin.client import Client
 from sandboxd.cli import output
 from sandboxd.cli.approvals import details, ended
 from sandboxd.errors import SandboxdError
@@ -26,7 +26,7 @@ _QUESTION = "approve? [y]es, yes for this [s]ession, [n]o, [l]ater, [q]uit: "
 class Desk:
     """Shows what waits and sends the answers, on the standard streams, which are a terminal."""
 
-    def __init__(self, daemon: AdminClient) -> None:
+    def __init__(self, daemon: Client) -> None:
         self._daemon = daemon
         self._open: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._left: set[str] = set()

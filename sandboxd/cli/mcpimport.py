@@ -24,7 +24,7 @@ from sandboxd.cli.reading import read_input
 from sandboxd.errors import ConfigError, Conflict, Invalid, SandboxdError
 
 if TYPE_CHECKING:
-    from sandboxd.admin.client import AdminClient
+    from sandboxd.admin.client import Client
     from sandboxd.authoring.mcpfile import Entry
 
 __all__ = ["add", "manifest_text"]
@@ -167,7 +167,7 @@ def _staged(directory: Path, entries: Sequence[Entry]) -> Any:
 
 
 def _apply(
-    daemon: AdminClient, agent: str, directory: Path, staged: Path, entries: Sequence[Entry]
+    daemon: Client, agent: str, directory: Path, staged: Path, entries: Sequence[Entry]
 ) -> None:
     """Store the keys, put the manifests in place, load them; or leave everything as it was."""
     values = {

@@ -33,6 +33,7 @@ __all__ = [
     "show_error",
     "size",
     "table",
+    "visible",
     "when",
     "yes_no",
 ]
@@ -187,3 +188,12 @@ def columns() -> int:
         return os.get_terminal_size(1).columns
     except OSError:
         return 0
+
+
+def visible(data: bytes) -> bytes:
+    """Line by line as it is, with every other control character spelled out."""
+    lines = data.decode("utf-8", "backslashreplace").split("\n")
+    shown = (
+        "".join(c if c == "\t" else clean(c) for c in line.removesuffix("\r")) for line in lines
+    )
+    return "\n".join(shown).encode()

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from sandboxd import __version__
 
-__all__ = ["NOUNS", "Commands", "Parser", "build", "command", "group", "parse"]
+__all__ = ["NOUNS", "SHARED", "Commands", "Parser", "build", "command", "group", "parse"]
 
 #: What each top-level command is in: its module, and its line in the overview. Order is the help's.
 NOUNS: dict[str, tuple[str, str]] = {
@@ -22,6 +22,9 @@ NOUNS: dict[str, tuple[str, str]] = {
     "tools": ("tools", "the tools that agents can call: list, check, write, try and run them"),
     "policy": ("policy", "check policies, explain a decision, see what a reload would change"),
     "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
+    "keys": ("keys", "API keys, for who comes in over HTTP: make, list, rotate, deactivate"),
+    "tokens": ("tokens", "short-lived tokens for an application's users: make, revoke"),
+    "dashboard": ("dashboard", "a link that signs a browser in to the dashboard"),
     "audit": ("audit", "read and verify the audit log"),
     "config": ("config", "check the configuration, print its schemas"),
     "reload": ("status", "apply a changed configuration"),
@@ -34,6 +37,16 @@ NOUNS: dict[str, tuple[str, str]] = {
     "completion": ("completion", "print a completion script for bash, zsh or fish"),
     "__complete": ("completion", ""),
 }
+
+#: Options of every command that take a value: option, what stands for it, what it means.
+SHARED: tuple[tuple[str, str, str], ...] = (
+    ("--config", "DIR", "configuration directory"),
+    ("--state", "DIR", "state directory"),
+    ("--runtime", "DIR", "directory of the daemon's sockets"),
+    ("--server", "URL", "ask this server over HTTP: https://HOST[:PORT] or unix:/PATH"),
+    ("--key-file", "FILE", "file with the API key for --server, mode 0600"),
+    ("--ca", "FILE", "certificates to trust for --server instead of the system's"),
+)
 
 EXIT_STATUS = """\
 exit status:
@@ -63,6 +76,8 @@ first steps:
 
 environment:
   SANDBOXD_CONFIG, SANDBOXD_STATE, SANDBOXD_RUNTIME  as --config, --state, --runtime
+  SANDBOXD_SERVER                                    as --server
+  SANDBOXD_API_KEY                                   the API key itself, where no --key-file is
   NO_COLOR                                           no colours
 
 Every command takes --help, which shows examples, and --json, which prints what a program reads:
@@ -143,7 +158,8 @@ def build(only: str | None = None) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"sandboxctl {__version__}")
     _add_shared(parser)
-    parser.set_defaults(config=None, state=None, runtime=None, json=False, rest=None)
+    parser.set_defaults(**{_dest(option): None for option, _, _ in SHARED})
+    parser.set_defaults(json=False, rest=None)
     commands = parser.add_subparsers(
         title="commands",
         prog="sandboxctl",
@@ -163,12 +179,14 @@ def build(only: str | None = None) -> Parser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of one command, with ``run`` the function that carries it out.
 
-    What stands after ``--`` in ``run`` and ``session start`` is the agent's and becomes ``rest``.
+    What stands after ``--`` in ``run``, ``session start`` and ``session exec`` is another
+    program's and becomes ``rest``.
     Exits with a message when they make no sense.
     """
     words = _command_words(argv)
     rest: list[str] | None = None
-    if (words[:1] == ["run"] or words[:2] == ["session", "start"]) and "--" in argv:
+    passes_on = words[:1] == ["run"] or words[:2] in (["session", "start"], ["session", "exec"])
+    if passes_on and "--" in argv:
         cut = argv.index("--")
         argv, rest = argv[:cut], argv[cut + 1 :]
     name = words[0] if words else None
@@ -215,13 +233,16 @@ def group(commands: Commands, name: str, *, help: str, description: str = "") ->
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("options of every command")
-    for option, what in (
-        ("--config", "configuration directory"),
-        ("--state", "state directory"),
-        ("--runtime", "directory of the daemon's sockets"),
-    ):
-        shared.add_argument(option, metavar="DIR", default=argparse.SUPPRESS, help=what)
+    for option, value, what in SHARED:
+        shared.add_argument(
+            option, dest=_dest(option), metavar=value, default=argparse.SUPPRESS, help=what
+        )
     shared.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+
+
+def _dest(option: str) -> str:
+    """Where its value is. "server" alone is what commands about MCP servers call those."""
+    return "server_url" if option == "--server" else option[2:].replace("-", "_")
 
 
 def _wrapped(text: str) -> str:
@@ -240,7 +261,7 @@ def _command_words(argv: Sequence[str]) -> list[str]:
         if takes_value:
             takes_value = False
         elif word.startswith("-"):
-            takes_value = word in ("--config", "--state", "--runtime")
+            takes_value = any(word == option for option, _, _ in SHARED)
         else:
             words.append(word)
     return words

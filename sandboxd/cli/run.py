@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import errno
 import os
+import select
 import signal
+import stat
 from typing import Any
 
-from sandboxd.admin.client import AdminClient
+from sandboxd.admin.client import AdminClient, Client
 from sandboxd.cli import output
-from sandboxd.cli.daemon import connect
+from sandboxd.cli.daemon import connect, connect_here, server_of
 from sandboxd.cli.parser import Commands, command
 from sandboxd.errors import Invalid, KernelError, SandboxdError
 
-__all__ = ["add"]
+__all__ = ["FAILED", "add", "could_not_execute"]
 
 #: What `run` exits with when the failure is sandboxd's and not the agent's, as in timeout(1).
 FAILED = 125
@@ -33,7 +36,9 @@ def add(commands: Commands, name: str, line: str) -> None:
         "here goes to its standard input, and INT, TERM, HUP, QUIT, USR1 and USR2 sent to "
         "sandboxctl are sent on to it. With -t the agent has a terminal of its own, and keys, "
         "Ctrl-C included, and changes of the window's size go straight to it. When sandboxctl "
-        "ends, however it does, the session ends too.",
+        "ends, however it does, the session ends too.\n\n"
+        "With --server the agent has neither a terminal nor standard input, and both of its "
+        "outputs come out here as one; signals and the exit status are as without.",
         usage="sandboxctl run [options] AGENT [-- ARG ...]",
         examples=[
             ("sandboxctl run -t coder", "work with an interactive agent"),
@@ -53,6 +58,8 @@ def add(commands: Commands, name: str, line: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if server_of(args):
+        return _run_there(args)
     if args.tty and not os.isatty(0):
         raise Invalid(
             "-t needs standard input to be a terminal", hint="leave -t away in a pipe or a job"
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from sandboxd.cli import terminal
 
     size = terminal.window_size(0) if args.tty else (24, 80)
-    with connect(args) as daemon:
+    with connect_here(args) as daemon:
         try:
             started, fds = daemon.call_with_fds(
                 "session.start",
@@ -73,9 +80,68 @@ def run(args: argparse.Namespace) -> int:
                 term=os.environ.get("TERM", "") if args.tty else "",
             )
         except KernelError as error:
-            args.failed_status = _could_not_execute(error)
+            args.failed_status = could_not_execute(error)
             raise
         ended = _attend(daemon, started["id"], fds, args.tty)
+    return _status(ended)
+
+
+def _run_there(args: argparse.Namespace) -> int:
+    """Over HTTP: no terminal and no standard input, both outputs in one, the rest as here."""
+    from sandboxd.cli import terminal
+
+    if args.tty:
+        raise Invalid(
+            "an agent over HTTP has no terminal: -t needs the daemon's own host",
+            hint="leave -t away, or log in there and run it without --server",
+        )
+    if _brings_input():
+        output.note("sandboxctl: standard input is not sent: over HTTP an agent has none")
+    with connect(args) as daemon, terminal.signals(terminal.FORWARDED) as wakeup:
+        try:
+            request = daemon.follow("session.run", agent=args.agent, args=args.rest or [])
+            ended = _follow(daemon, request, wakeup)
+        except KernelError as error:
+            args.failed_status = could_not_execute(error)
+            raise
+    return _status(ended)
+
+
+def _follow(daemon: Client, request: int, wakeup: int) -> dict[str, Any]:
+    """Print and pass signals on until the session ends; returns how it did."""
+    id = ""
+    while True:
+        ready, _, _ = select.select([daemon.fileno(), wakeup], [], [])
+        for item in daemon.arrived(request):
+            if "ended" in item:
+                ended: dict[str, Any] = item["ended"]
+                return ended
+            id = item.get("id", id)
+            _print(base64.b64decode(item.get("data", "")))
+        for number in os.read(wakeup, 64) if wakeup in ready else b"":
+            if not id:
+                raise KeyboardInterrupt  # nothing has started yet: let go of the request
+            with contextlib.suppress(SandboxdError):  # it ended before the signal came
+                daemon.call("session.signal", id=id, signal=number)
+
+
+def _print(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view) :]
+
+
+def _brings_input() -> bool:
+    """Whether somebody seems to mean standard input for the agent."""
+    try:
+        kind = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISREG(kind) or stat.S_ISSOCK(kind)
+
+
+def _status(ended: dict[str, Any]) -> int:
+    """The exit status that says how the session ended, with a note where it isn't the agent's."""
     if ended.get("reason") not in (None, "", "exited", "killed"):
         output.note(f"sandboxctl: the session ended: {ended['reason']}")
     if ended.get("exit_code") is not None:
@@ -133,7 +199,8 @@ def _attend(daemon: AdminClient, id: str, fds: list[int], tty: bool) -> dict[str
         return result
 
 
-def _could_not_execute(error: KernelError) -> int:
+def could_not_execute(error: KernelError) -> int:
+    """The exit status of a shell whose program can't be executed (POSIX, 2.8.2)."""
     if not error.syscall.startswith("exec"):
         return FAILED
     return NOT_FOUND if error.errno == errno.ENOENT else CANNOT_EXECUTE

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from sandboxd.cli import changes, output
+from sandboxd.cli import beside, changes, output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
 from sandboxd.errors import Invalid
@@ -93,6 +93,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("-f", "--follow", action="store_true", help="until the session ends")
     parser.add_argument("--raw", action="store_true", help="every byte as it is, on a terminal too")
+    beside.add(nouns)
     changes.add(nouns)
 
 
@@ -192,7 +193,7 @@ def logs(args: argparse.Namespace) -> int:
                 output.print_json(item, line=True)
                 continue
             data = base64.b64decode(item["data"])
-            _write(_visible(data) if visible else data)
+            _write(output.visible(data) if visible else data)
     return 0
 
 
@@ -235,16 +236,6 @@ def _layer(layer: Any) -> str:
         return str(layer)
     remark = f" ({layer['remark']})" if layer["state"] != "on" and layer.get("remark") else ""
     return f"{layer['layer']}: {layer['state']}{remark}"
-
-
-def _visible(data: bytes) -> bytes:
-    """Line by line as it is, with every other control character spelled out."""
-    lines = data.decode("utf-8", "backslashreplace").split("\n")
-    shown = (
-        "".join(c if c == "\t" else output.clean(c) for c in line.removesuffix("\r"))
-        for line in lines
-    )
-    return "\n".join(shown).encode()
 
 
 def _write(data: bytes) -> None:

@@ -23,6 +23,10 @@ def add(commands: Commands, name: str, line: str) -> None:
             examples=[
                 ("sandboxctl status", "the daemon of this user, or of the host"),
                 ("sandboxctl status --json | jq .generation", "one field, for a script"),
+                (
+                    "sandboxctl status --server https://sandboxd.example --key-file key",
+                    "a daemon elsewhere, as far as the key's team goes",
+                ),
             ],
         )
     else:
@@ -46,6 +50,18 @@ def status(args: argparse.Namespace) -> int:
         got = daemon.call("status")
     if args.json:
         output.print_json(got)
+        return 0
+    if "pid" not in got:  # what a team's key is told
+        output.fields(
+            [
+                ("version", got["version"]),
+                ("running since", output.when(got["started_at"])),
+                ("you are", f"{got['name']} ({got['role']} of team {got['team']})"),
+                ("sessions", got["sessions"]),
+                ("calls running", got["calls"]),
+                ("calls to approve", got["approvals"]),
+            ]
+        )
         return 0
     output.fields(
         [

@@ -15,6 +15,7 @@ from functools import partial
 import trio
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
+from sandboxd.isolation.inside import Orders
 from sandboxd.isolation.pool import Key, Pool, Template
 from sandboxd.isolation.reports import Exit, descriptors_in, exit_of, failure_of, gone, pid_of
 from sandboxd.isolation.reuse import template_key, template_suits
@@ -52,6 +53,8 @@ class Process:
         self.pid = 0
         self.pidfd = -1
         self.exit: Exit | None = None
+        #: Where further programs can be asked for, if the spec said so.
+        self.orders: Orders | None = None
         self._launcher, self._number = launcher, number
         self._template: Template | None = None
         self._declined = False
@@ -135,16 +138,16 @@ class Launcher:
 
         ``meanwhile`` is called once the order is given, while it is carried out; again where it
         has to be given again.
-        ``extra`` holds the descriptors for ``spec.extra_fds`` and, where the spec has shared
-        mounts, their mount namespace. All stay the caller's to close. Raises KernelError naming
-        the system call and path that failed, or Unavailable when the launcher is gone. A cancelled
-        launch is killed.
+        ``extra`` holds the descriptors for ``spec.extra_fds``, where the spec has shared mounts
+        their mount namespace, and where it has listeners a Unix socket that brings them. All stay
+        the caller's to close. Raises KernelError naming the system call and path that failed, or
+        Unavailable when the launcher is gone. A cancelled launch is killed.
         """
         check_spec(spec)
         if self.privileged and spec.uid == 0:
             raise Invalid("a sandbox never runs as root")
-        if len(extra) != len(spec.extra_fds) + spec.brings_namespace:
-            raise Invalid("a launch needs one descriptor for each of its extra_fds")
+        if len(extra) != len(spec.extra_fds) + spec.brings_namespace + bool(spec.listeners):
+            raise Invalid("a launch needs one descriptor for each thing that it names")
         lasting = lasting_part(spec)
         data = encode_spec(spec, lasting)
         if len(data) > MAX_SPEC:
@@ -158,6 +161,9 @@ class Launcher:
             fds = (memfd, *streams)
             async with self._starting:
                 process = self._new_process(spec)
+                if spec.further:
+                    process.orders = Orders()
+                    fds = (*fds, process.orders.theirs.fileno())
                 try:
                     await self.send(
                         Frame(
@@ -168,6 +174,8 @@ class Launcher:
                 except BaseException:
                     self._finish(process)
                     raise
+                if process.orders is not None:
+                    process.orders.theirs.close()
                 await self._await_start(process, meanwhile)
                 return process
         finally:
@@ -346,6 +354,8 @@ class Launcher:
         if process.pidfd >= 0:
             os.close(process.pidfd)
             process.pidfd = -1
+        if process.orders is not None:
+            process.orders.close()
         process._started.set()
         process._ended.set()
 

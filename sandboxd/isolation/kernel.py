@@ -24,6 +24,7 @@ __all__ = [
     "CLONE_NEWTIME",
     "CLONE_NEWUSER",
     "CLONE_NEWUTS",
+    "adopt_orphans",
     "argument_area",
     "clone_tree",
     "close_all_but",
@@ -91,6 +92,7 @@ _PR_SET_KEEPCAPS = 8
 _PR_SET_NAME = 15
 _PR_CAPBSET_DROP = 24
 _PR_SET_SECUREBITS = 28
+_PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -252,6 +254,11 @@ def sethostname(name: str) -> None:
 def set_dumpable(dumpable: bool) -> None:
     """PR_SET_DUMPABLE: off means no core dumps, no ptrace, and a /proc/PID owned by root."""
     _prctl(_PR_SET_DUMPABLE, int(dumpable))
+
+
+def adopt_orphans() -> None:
+    """PR_SET_CHILD_SUBREAPER: descendants whose parents end become this process's children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def set_keep_capabilities(keep: bool) -> None:

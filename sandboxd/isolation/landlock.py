@@ -48,10 +48,10 @@ _READ = _READ_FILE | _READ_DIR
 #: Everything that changes files, but never a device node, which is a door into the kernel.
 _WRITE = _ALL & ~(_READ | _EXECUTE | _MAKE_CHAR | _MAKE_BLOCK | _IOCTL_DEV)
 
-_NET_BIND_AND_CONNECT = 3
+_NET_BIND_AND_CONNECT, _NET_CONNECT = 3, 2
 _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS = 3
 _CREATE_RULESET_VERSION = 1
-_RULE_PATH_BENEATH = 1
+_RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 _LOG_SUBDOMAINS_OFF = 1 << 2
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
@@ -94,16 +94,19 @@ def places(spec: LaunchSpec, system: Iterable[str]) -> Iterator[Place]:
             yield Place(file.path, execute=True)
 
 
-def restrict(abi: int, allowed: Iterable[Place], streams: Sequence[int], *, tcp: bool) -> None:
+def restrict(
+    abi: int, allowed: Iterable[Place], streams: Sequence[int], *, ports: Iterable[int] | None
+) -> None:
     """Restrict this process, and all that it will start, for good.
 
     ``streams`` are descriptors that the program gets; what they are open for it may open again
-    (``/dev/stderr``). ``tcp`` leaves ports alone. Needs no_new_privs. Raises KernelError.
+    (``/dev/stderr``). Of TCP, what remains is to connect to ``ports``; None leaves TCP alone.
+    Needs no_new_privs. Raises KernelError.
     """
     if abi < 1:
         return
     handled = _rights_of(abi)
-    net = _NET_BIND_AND_CONNECT if abi >= 4 and not tcp else 0
+    net = _NET_BIND_AND_CONNECT if abi >= 4 and ports is not None else 0
     scoped = _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS if abi >= 6 else 0
     # Older kernels know the first members alone (struct landlock_ruleset_attr).
     size = 8 if abi < 4 else 16 if abi < 6 else 24
@@ -120,6 +123,8 @@ def restrict(abi: int, allowed: Iterable[Place], streams: Sequence[int], *, tcp:
             _allow(ruleset, place.path, rights & handled, optional=place.optional)
         for stream in streams:
             _allow_again(ruleset, stream, handled)
+        for port in set(ports or ()) if net else ():
+            _allow_connect(ruleset, port)
         # A program's own nested domains can't fill the host's audit log.
         flags = _LOG_SUBDOMAINS_OFF if abi >= 7 else 0
         if _libc.syscall(_RESTRICT_SELF, ruleset, flags) < 0:
@@ -149,6 +154,12 @@ def _allow(ruleset: int, path: str, rights: int, *, optional: bool = False) -> N
         _add_rule(ruleset, fd, rights, path)
     finally:
         os.close(fd)
+
+
+def _allow_connect(ruleset: int, port: int) -> None:
+    rule = struct.pack("=QQ", _NET_CONNECT, port)  # struct landlock_net_port_attr
+    if _libc.syscall(_ADD_RULE, ruleset, _RULE_NET_PORT, rule, 0) < 0:
+        raise KernelError("landlock_add_rule", ctypes.get_errno(), f"TCP port {port}")
 
 
 def _allow_again(ruleset: int, stream: int, handled: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from sandboxd.isolation.cgroup import Cgroup, Usage
@@ -15,7 +14,7 @@ class Meter:
 
     def __init__(self, group: Cgroup | None) -> None:
         self._cpu = self._peak = self._oom = -1
-        self._nanoseconds = self._resets = False
+        self._nanoseconds = False
         if group is not None:
             self._cpu = group.open("cpu.stat", unified=True, controller="cpu")
             if self._cpu < 0:
@@ -32,16 +31,22 @@ class Meter:
         """A call begins."""
         #: Microseconds of CPU until then; None where no cgroup tells.
         self.before, self._oom_before = self.cpu(), self._oom_kills()
-        self._resets = False
+        self._highest_before = 0
         if self._peak >= 0:
-            with contextlib.suppress(OSError):  # before Linux 6.12 v2 keeps the highest for good
+            try:
                 os.pwrite(self._peak, b"0", 0)
-                self._resets = True
+            except OSError:  # before Linux 6.12 v2 keeps the highest for good
+                self._highest_before = _number(_pread(self._peak))
 
     def read(self) -> Usage:
-        """What the call has used."""
+        """What the call has used.
+
+        Where the highest use can't be set back, only a call that used more than each before it is
+        told its own; others get 0.
+        """
         cpu = self.cpu()
-        peak = _number(_pread(self._peak)) if self._resets else 0
+        highest = _number(_pread(self._peak)) if self._peak >= 0 else 0
+        peak = highest if highest > self._highest_before else 0
         used = None if cpu is None or self.before is None else cpu - self.before
         return Usage(used, peak >> 10, self._oom_kills() > self._oom_before)
 
@@ -64,8 +69,11 @@ def _memory_files(group: Cgroup) -> tuple[int, int]:
     ):
         fd = group.open(kills, unified=unified, controller="memory")
         if fd >= 0:
-            mode = os.O_RDWR
-            return fd, group.open(highest, unified=unified, controller="memory", mode=mode)
+            for mode in (os.O_RDWR, os.O_RDONLY):  # read-only by itself before Linux 6.12
+                peak = group.open(highest, unified=unified, controller="memory", mode=mode)
+                if peak >= 0:
+                    return fd, peak
+            return fd, -1
     return -1, -1
 
 

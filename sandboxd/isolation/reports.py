@@ -20,7 +20,9 @@ class Exit:
     """How a program ended: ``code`` or ``signal`` (the other is None), and what was used.
 
     ``cpu_ms`` is that of the whole tree, ``max_rss_kib`` the largest process's. ``peak_kib`` is
-    the most that the tree held at once, caches of files included; 0 where no cgroup tells.
+    the most that the tree held at once, caches of files included; 0 where no cgroup tells, or
+    where an earlier call of the same tool needed as much and the kernel (before Linux 6.12) can't
+    set that back.
     ``oom``: the kernel ended it, or a process of it, for want of memory.
     """
 

@@ -20,11 +20,11 @@ _NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
     """Whether a template can give ``spec`` all that a sandbox made for it alone would.
 
-    Not where it needs a terminal, a copy-on-write workspace, limits too small for the template
-    itself, files outside /run or such as can be executed (which no file can that is held open for
-    writing), or mounts where a call's own memory or files go; nor where a program could open one
-    of its ``streams`` again (proc(5), /proc/PID/fd) that is a file or a device of the host, for a
-    template is restricted before it gets them.
+    Not where it needs a terminal, a copy-on-write workspace, listeners, limits too small for the
+    template itself, files outside /run or such as can be executed (which no file can that is held
+    open for writing), or mounts where a call's own memory or files go; nor where a program could
+    open one of its ``streams`` again (proc(5), /proc/PID/fd) that is a file or a device of the
+    host, for a template is restricted before it gets them.
     """
     limits = spec.limits
     files = limits.open_files
@@ -33,6 +33,8 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
         spec.tty
         or spec.overlay is not None
         or spec.brings_namespace
+        or spec.further
+        or spec.listeners
         or 0 < limits.memory < _LEAST_MEMORY
         or 0 < limits.processes < _LEAST_PROCESSES
         or 0 < files < (FIRST_HIGH_FD + MAX_FDS if spec.extra_fds else _LEAST_FILES)

@@ -282,6 +282,7 @@ class Root:
         self._file("etc/hostname", f"{self.spec.hostname}\n".encode(), 0o444, own=False)
         if self.spec.network != "host":
             hosts = f"127.0.0.1 localhost {self.spec.hostname}\n::1 localhost\n"
+            hosts += "".join(f"{o.address} {o.name}\n" for o in self.spec.listeners if o.name)
             self._file("etc/hosts", hosts.encode(), 0o444, own=False)
 
     def place_own(self, path: str, tree: int, *, close: bool = True) -> None:

@@ -30,14 +30,8 @@ from sandboxd.isolation import kernel, spawn
 from sandboxd.isolation.cgroup import Cgroup
 from sandboxd.isolation.lasting import LastingRoot, Traces
 from sandboxd.isolation.meter import Meter
-from sandboxd.isolation.sandbox import (
-    SIGNALS,
-    build,
-    limit,
-    open_program,
-    restrict,
-    setup_failed,
-)
+from sandboxd.isolation.program import SIGNALS, limit, open_program, setup_failed
+from sandboxd.isolation.sandbox import build, restrict
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
     FRAME,

@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError
 from sandboxd.isolation.cgroup_state import CgroupState
+from sandboxd.isolation.listeners import Listener, check_listeners
+from sandboxd.isolation.packing import Reader, Writer
 
 __all__ = [
     "FRAME",
@@ -36,6 +38,7 @@ __all__ = [
     "Kind",
     "LaunchSpec",
     "Limits",
+    "Listener",
     "Located",
     "MountSpec",
     "OverlaySpec",
@@ -66,7 +69,6 @@ Pin = tuple[int, int, int]
 #: Whatever file is there.
 UNPINNED: Pin = (0, 0, 0)
 
-_NUMBER = struct.Struct("!Q")
 #: Of an encoded spec: its size, that of its lasting part and of its id; how many arguments,
 #: variables and files follow.
 _HEAD = struct.Struct("!6Q")
@@ -196,6 +198,7 @@ class LaunchSpec:
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
     ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
+    ``further``: more programs can be started in it later, over a socket that the launch brings.
     """
 
     id: str
@@ -215,17 +218,23 @@ class LaunchSpec:
     limits: Limits = Limits()
     template: str = ""
     overlay: OverlaySpec | None = None
+    #: A launch with listeners brings a Unix socket after these, for them to be passed out by.
+    listeners: tuple[Listener, ...] = ()
+    further: bool = False
 
     @property
     def brings_namespace(self) -> bool:
-        """Whether the last descriptor is a mount namespace, which the program does not get."""
+        """Whether a mount namespace comes after the descriptors that the program gets."""
         return any(mount.shared for mount in self.mounts)
 
 
-def check_spec(spec: LaunchSpec) -> None:
-    """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value."""
+def check_spec(spec: LaunchSpec, *, search: bool = False) -> None:
+    """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value.
+
+    ``search``: the program may be a name, or a relative path, for the sandbox to find.
+    """
     program = os.fsencode(spec.program) or b"".join(spec.argv[:1])
-    if not spec.argv or not program.startswith(b"/") or b"\0" in program:
+    if not program or b"\0" in program or not (search or program.startswith(b"/")):
         raise Invalid("a sandbox needs a program, by its absolute path")
     if any(b"\0" in argument for argument in spec.argv):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
@@ -253,8 +262,12 @@ def check_spec(spec: LaunchSpec) -> None:
     extra = spec.extra_fds
     if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
         raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
-    if len(extra) + spec.brings_namespace > MAX_FDS - 4:
+    more = spec.brings_namespace + bool(spec.listeners) + spec.further
+    if len(extra) + more > MAX_FDS - 4:
         raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
+    if spec.listeners and spec.network != "none":
+        raise Invalid("a sandbox has either the host's network or listeners of its own")
+    check_listeners(spec.listeners)
     if not 0 <= spec.uid < 0xFFFFFFFF:
         raise Invalid(f"{spec.uid} is no user id")
     if any(not 0 <= getattr(spec.limits, name) < 1 << 63 for name in _LIMIT_FIELDS):
@@ -304,7 +317,7 @@ def encode_spec(spec: LaunchSpec, lasting: bytes | None = None) -> bytes:
 
 def lasting_part(spec: LaunchSpec) -> bytes:
     """The encoded fields that two launches from one template have in common."""
-    out = _Writer()
+    out = Writer()
     out.number(spec.uid)
     for number in spec.pin:
         out.number(number)
@@ -328,6 +341,12 @@ def lasting_part(spec: LaunchSpec) -> bytes:
         out.text(spec.overlay.lower)
         out.text(spec.overlay.layers)
         out.number(spec.overlay.size)
+    out.number(len(spec.listeners))
+    for one in spec.listeners:
+        out.text(one.address)
+        out.number(one.port)
+        out.text(one.name)
+    out.number(spec.further)
     return bytes(out.data)
 
 
@@ -351,7 +370,7 @@ def decode_spec(data: bytes) -> LaunchSpec:
 
 def decode_lasting(data: bytes) -> LaunchSpec:
     """A spec of the lasting fields alone; its files are empty, the rest is blank."""
-    read = _Reader(data)
+    read = Reader(data)
     spec = LaunchSpec(
         id="",
         argv=(),
@@ -370,6 +389,10 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         extra_fds=tuple(read.number() for _ in range(read.number())),
         limits=Limits(**{name: read.number() for name in _LIMIT_FIELDS}),
         overlay=OverlaySpec(read.text(), read.text(), read.number()) if read.number() else None,
+        listeners=tuple(
+            Listener(read.text(), read.number(), read.text()) for _ in range(read.number())
+        ),
+        further=bool(read.number()),
     )
     read.end()
     return spec
@@ -431,7 +454,7 @@ def sealed_memfd(data: bytes) -> int:
 _LIMIT_FIELDS = tuple(limit.name for limit in fields(Limits))  # in declaration order
 
 
-def _put_mount(out: _Writer, mount: MountSpec) -> None:
+def _put_mount(out: Writer, mount: MountSpec) -> None:
     out.text(mount.source)
     out.text(mount.target)
     flags = (mount.readonly, mount.noexec, mount.idmap, mount.optional, mount.shared)
@@ -440,48 +463,8 @@ def _put_mount(out: _Writer, mount: MountSpec) -> None:
         out.number(number)
 
 
-def _get_mount(read: _Reader) -> MountSpec:
+def _get_mount(read: Reader) -> MountSpec:
     source, target, flags = read.text(), read.text(), read.number()
     readonly, noexec, idmap, optional, shared = (bool(flags & 1 << bit) for bit in range(5))
     pin = read.number(), read.number(), read.number()
     return MountSpec(source, target, readonly, noexec, idmap, optional, shared, pin)
-
-
-class _Writer:
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def number(self, value: int) -> None:
-        self.data += _NUMBER.pack(value)
-
-    def blob(self, value: bytes) -> None:
-        self.data += _NUMBER.pack(len(value))
-        self.data += value
-
-    def text(self, value: str) -> None:
-        self.blob(os.fsencode(value))
-
-
-class _Reader:
-    def __init__(self, data: bytes | memoryview) -> None:
-        self.data, self.at = data, 0
-
-    def number(self) -> int:
-        return int(_NUMBER.unpack_from(self.data, self._skip(8)[0])[0])
-
-    def span(self) -> Span:
-        return self._skip(self.number())
-
-    def text(self) -> str:
-        return os.fsdecode(bytes(self.data[slice(*self.span())]))
-
-    def end(self) -> None:
-        if self.at != len(self.data):
-            raise ValueError("bytes left over after the launch spec")
-
-    def _skip(self, count: int) -> Span:
-        start, end = self.at, self.at + count
-        if end > len(self.data):
-            raise ValueError("the launch spec is cut short")
-        self.at = end
-        return start, end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,9 +13,10 @@ from sandboxd import names
 from sandboxd.errors import Invalid
 from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.definitions import exposed
+from sandboxd.policy.egress import check_egress
 from sandboxd.policy.files import Trust
 from sandboxd.policy.mcpserver import SEPARATOR
-from sandboxd.policy.model import Agent, ApprovalSettings, Mount, Policy, Tool
+from sandboxd.policy.model import Agent, ApprovalSettings, HttpSettings, Mount, Policy, Tool
 from sandboxd.policy.policyfile import Written
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.toolcheck import check_environment, check_mounts
@@ -82,6 +84,27 @@ def check_settings(loaded: Loaded, problems: Problems) -> None:
             "expected a range of user ids between 65536 and 2147483646",
         )
     _check_hooks(settings.approvals, document, problems)
+    if settings.http is not None:
+        _check_http(settings.http, document, problems)
+
+
+def _check_http(http: HttpSettings, document: Document, problems: Problems) -> None:
+    """Keys travel in every request: nothing but this host may be reached without TLS."""
+    place: Place = ("http", "listen")
+    if http.listen.startswith("unix:"):
+        if http.tls is not None:
+            problems.add(
+                document.file, document.at(("http", "tls")), "a Unix socket is not served with TLS"
+            )
+        return
+    host = http.listen.rpartition(":")[0].strip("[]")
+    if http.tls is None and not ipaddress.ip_address(host).is_loopback:
+        problems.add(
+            document.file,
+            document.at(place),
+            f"{http.listen} can be reached from other hosts, which needs tls",
+            "add tls: {certificate: PATH, key: PATH}, or listen on 127.0.0.1 behind a proxy",
+        )
 
 
 def _check_hooks(approvals: ApprovalSettings, document: Document, problems: Problems) -> None:
@@ -141,6 +164,14 @@ def _check_agent(
     problems: Problems,
 ) -> None:
     file = document.file
+    if not loaded.settings.has_team(agent.team) and not loaded.broken_settings:
+        problems.add(
+            file,
+            document.at(("team",)),
+            f"no team '{agent.team}'",
+            nearest(agent.team, loaded.settings.teams)
+            or f"add it in sandboxd.yaml: teams: {{{agent.team}: {{name: ...}}}}",
+        )
     if not agent.command or not agent.command[0]:
         problems.add(file, document.at(("command",)), "expected at least a program in command")
     check_environment(agent.environment, agent.allow_environment, document, problems, refuse=True)
@@ -173,6 +204,14 @@ def _check_agent(
             f"network: host, and policy '{policy.name}' allows its agents none",
             "take a policy with agent_network: host, such as 'agent'",
         )
+    check_egress(agent.egress, agent.network, document, problems)
+    if agent.egress.stated and policy.egress_bounds(agent=True) == ((),):
+        problems.add(
+            file,
+            document.at(("egress",)),
+            f"egress, and policy '{policy.name}' allows its agents none",
+            "name what they may reach under egress in a policy of your own that extends it",
+        )
     for index, name in enumerate(agent.tools):
         tool = loaded.tools.get(name) or loaded.servers.get(name.partition(SEPARATOR)[0])
         if tool and tool[0].network == "host" and policy.network == "none":
@@ -181,6 +220,13 @@ def _check_agent(
                 document.at(("tools", index)),
                 f"{name} needs network: host, and policy '{policy.name}' allows none: "
                 "every call will be denied",
+            )
+        if tool and tool[0].egress.stated and policy.egress_bounds(agent=False) == ((),):
+            problems.warn(
+                file,
+                document.at(("tools", index)),
+                f"{name} names what it reaches under egress, and policy '{policy.name}' allows "
+                "none: it will reach nothing",
             )
 
 

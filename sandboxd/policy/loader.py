@@ -20,6 +20,7 @@ import attrs
 from sandboxd import names
 from sandboxd.errors import ConfigError, Invalid
 from sandboxd.policy import crosscheck
+from sandboxd.policy.egress import placed
 from sandboxd.policy.files import Source, Trust, list_directory, read_source
 from sandboxd.policy.mcpserver import SEPARATOR, McpServer, complete_server
 from sandboxd.policy.model import Agent, Config, Settings, Tool
@@ -40,6 +41,8 @@ class Loaded:
 
     settings: Settings = field(default_factory=Settings)
     settings_document: Document | None = None
+    #: sandboxd.yaml is there and wrong: already reported, so what it lacks is not "missing".
+    broken_settings: bool = False
     agents: dict[str, tuple[Agent, Document]] = field(default_factory=dict)
     tools: dict[str, tuple[Tool, Document]] = field(default_factory=dict)
     servers: dict[str, tuple[McpServer, Document]] = field(default_factory=dict)
@@ -149,11 +152,10 @@ class _Loader:
         path = self.directory / "sandboxd.yaml"
         if os.path.lexists(path):
             document = self._document(path, "sandboxd.yaml", shipped=False)
-            if document is not None:
-                self.loaded.settings_document = document
-                self.loaded.settings = (
-                    structure(document, Settings, self.problems) or self.loaded.settings
-                )
+            settings = structure(document, Settings, self.problems) if document else None
+            self.loaded.settings_document = document
+            self.loaded.broken_settings = settings is None
+            self.loaded.settings = settings or self.loaded.settings
 
     def _policies(self, directory: Path, *, shipped: bool) -> None:
         for path, name in self._yaml_files(directory, "policies"):
@@ -174,7 +176,13 @@ class _Loader:
             if document is None or agent is None:
                 self.loaded.broken["agents"].add(slug)
             else:
-                agent = attrs.evolve(agent, slug=slug, source=label, places=document.places(label))
+                agent = attrs.evolve(
+                    agent,
+                    slug=slug,
+                    source=label,
+                    egress=placed(agent.egress, document, label),
+                    places=document.places(label),
+                )
                 self.loaded.agents[slug] = (agent, document)
 
     def tools(self, directory: Path, *, shipped: bool, only: str = "") -> None:
@@ -194,6 +202,7 @@ class _Loader:
                     directory=folder,
                     source=label,
                     shipped=shipped,
+                    egress=placed(tool.egress, document, label),
                     places=document.places(label),
                 )
                 tool = complete_tool(tool, document, self.trust, self.problems)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import attrs
 
 from sandboxd.isolation.uids import DEFAULT_COUNT, DEFAULT_FIRST
+from sandboxd.policy.destinations import DestinationRule
+from sandboxd.policy.egress import Egress
 from sandboxd.policy.programs import Interpreter
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
@@ -26,7 +28,9 @@ from sandboxd.policy.values import (
     Count,
     Duration,
     Glob,
+    HostName,
     Line,
+    ListenAddress,
     Processors,
     ProgramPath,
     Size,
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
+    "DEFAULT_TEAM",
     "Agent",
     "Annotations",
     "ApprovalSettings",
@@ -47,6 +52,8 @@ __all__ = [
     "Concurrency",
     "Condition",
     "Config",
+    "HttpLimits",
+    "HttpSettings",
     "Key",
     "Limits",
     "Mount",
@@ -55,6 +62,8 @@ __all__ = [
     "SecretSpec",
     "Settings",
     "Stdin",
+    "Team",
+    "Tls",
     "Tool",
     "UidRange",
     "Webhook",
@@ -66,6 +75,8 @@ Network = Literal["none", "host"]
 OutputFormat = Literal["auto", "text", "json", "binary"]
 #: What becomes of a call: it runs, it doesn't, or an operator is asked first.
 Verdict = Literal["allow", "deny", "ask"]
+#: The team of agents whose files name none.
+DEFAULT_TEAM = Slug("default")
 #: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
 Access = Literal["none", "ro", "overlay", "rw"]
 Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
@@ -216,8 +227,47 @@ class ApprovalSettings:
 
 
 @attrs.frozen
+class Team:
+    """Who shares agents, their variables, sessions and records, and sees nobody else's."""
+
+    name: Line
+
+
+@attrs.frozen
+class Tls:
+    """A certificate (with its chain) and its private key, as PEM files."""
+
+    certificate: AbsolutePath
+    key: AbsolutePath
+
+
+@attrs.frozen
+class HttpLimits:
+    """What one client of the HTTP API may take. ``requests`` are a second, ``failures`` a minute.
+
+    ``requests`` holds for each key or token, four times as much for each source address;
+    ``failures`` are attempts with wrong keys from one source.
+    """
+
+    body: Size = Size(16 << 20)
+    connections: Count = Count(256)
+    requests: Count = Count(50)
+    failures: Count = Count(10)
+
+
+@attrs.frozen
+class HttpSettings:
+    """Where the HTTP API listens, for whom, and by which names clients may call it."""
+
+    listen: ListenAddress = ListenAddress("127.0.0.1:7621")
+    tls: Tls | None = None
+    hosts: tuple[HostName, ...] = ()
+    limits: HttpLimits = HttpLimits()
+
+
+@attrs.frozen
 class Settings:
-    """sandboxd.yaml."""
+    """sandboxd.yaml. The team ``default`` is there without being named."""
 
     key: Key | None = None  # None: the daemon's default
     user: str = "sandboxd"
@@ -227,6 +277,12 @@ class Settings:
     max_concurrent_calls: Count = Count(16)
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
     approvals: ApprovalSettings = ApprovalSettings()
+    teams: Mapping[Slug, Team] = attrs.field(factory=_empty)
+    http: HttpSettings | None = None  # None: not served
+
+    def has_team(self, team: str) -> bool:
+        """Whether agents and keys can be of this team."""
+        return team == DEFAULT_TEAM or team in self.teams
 
 
 @attrs.frozen
@@ -256,6 +312,7 @@ class Agent:
 
     description: Line
     command: tuple[str, ...]
+    team: Slug = DEFAULT_TEAM
     args_allowed: bool = False
     policy: Slug = Slug("default")
     tools: tuple[ToolName, ...] = ()
@@ -264,6 +321,7 @@ class Agent:
     workspace: Workspace = Workspace()
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     limits: Limits = Limits()
     slug: str = _loaded("")
     source: str = _loaded("")
@@ -340,6 +398,7 @@ class Tool:
     workspace: Literal["none", "ro", "rw"] = "none"
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     timeout: Duration = Duration(60.0)
     grace: Duration | None = None
     output_schema: Mapping[str, Any] | None = attrs.field(default=None, metadata={"key": "output"})
@@ -402,6 +461,8 @@ class Policy:
     extends: Slug | None = None
     network: Network = "none"
     agent_network: Network = "none"
+    #: Lists that each have to allow what an agent or a tool names under ``egress``.
+    egress: tuple[tuple[DestinationRule, ...], ...] = ()
     workspace: Access = "rw"
     limits: Limits = Limits()
     agent_limits: Limits = Limits()
@@ -420,6 +481,12 @@ class Policy:
         """Isolation layers that something under this policy may go without."""
         network = ("network",) if "host" in (self.network, self.agent_network) else ()
         return (*network, *self.lower)
+
+    def egress_bounds(self, *, agent: bool) -> tuple[tuple[DestinationRule, ...], ...]:
+        """What bounds ``egress`` under this policy: nothing where the host's network is allowed
+        and no list says otherwise, and everything where neither is."""
+        network = self.agent_network if agent else self.network
+        return self.egress if self.egress or network == "host" else ((),)
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ takes what the YAML reader found and returns the typed value or raises :class:`W
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os.path
 import re
 from collections.abc import Callable, Iterable
@@ -24,7 +25,9 @@ __all__ = [
     "Digest",
     "Duration",
     "Glob",
+    "HostName",
     "Line",
+    "ListenAddress",
     "Processors",
     "ProgramPath",
     "RemoteName",
@@ -57,6 +60,8 @@ Digest = NewType("Digest", str)
 RemoteName = NewType("RemoteName", str)
 ServerName = NewType("ServerName", str)
 WebAddress = NewType("WebAddress", str)
+HostName = NewType("HostName", str)
+ListenAddress = NewType("ListenAddress", str)
 
 MAX_SIZE = 1 << 50
 MAX_DURATION = 366 * 86_400.0
@@ -68,6 +73,7 @@ _SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _GLOB = re.compile(r"[a-z0-9*][A-Za-z0-9_*-]*")
+_HOST = re.compile(r"(?=.{1,253}$)(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -253,6 +259,38 @@ def web_address(value: Any) -> WebAddress:
     return WebAddress(words)
 
 
+def host_name(value: Any) -> HostName:
+    """The name of a host as clients write it, in lower case, without a port."""
+    words = text(value)
+    if not _HOST.fullmatch(words):
+        raise Wrong(
+            f"expected the name of a host, found {found(value)}",
+            "write it in lower case without a port: sandboxd.example.com",
+        )
+    return HostName(words)
+
+
+def listen_address(value: Any) -> ListenAddress:
+    """``ADDRESS:PORT`` with an IP address (``[::1]:PORT`` for IPv6), or ``unix:/PATH``."""
+    words = text(value)
+    if words.startswith("unix:"):
+        absolute_path(words.removeprefix("unix:"))
+        return ListenAddress(words)
+    host, _, port = words.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        number = int(port) if port.isascii() and port.isdigit() else -1
+        plain = (f"[{address}]" if address.version == 6 else str(address)) == host
+    except ValueError:
+        number, plain = -1, False
+    if not plain or not 0 <= number <= 65535:
+        raise Wrong(
+            f"expected an address to listen on, found {found(value)}",
+            "write 127.0.0.1:7621, [::1]:7621 or unix:/run/sandboxd/http.sock",
+        )
+    return ListenAddress(words)
+
+
 def glob(value: Any) -> Glob:
     """A tool or agent name in which ``*`` stands for any run of characters."""
     words = text(value)
@@ -296,6 +334,8 @@ checks: dict[Any, Callable[[Any], Any]] = {
     RemoteName: _named(names.mcp_tool_name),
     ServerName: _named(names.server_name),
     WebAddress: web_address,
+    HostName: host_name,
+    ListenAddress: listen_address,
     Slug: _named(names.agent_slug),
     ToolName: _named(names.tool_name),
     VariableName: _named(names.variable_name),

@@ -14,17 +14,14 @@ loses them, and says so.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
 import socket
 import stat
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +32,12 @@ from sandboxd.errors import Conflict, Invalid, NotFound, SandboxdError, Unavaila
 from sandboxd.files import replace_file
 from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.overlay import LAYERS
-from sandboxd.isolation.runtime import python_mounts
 from sandboxd.isolation.uids import UidPool
-from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec, OverlaySpec
+from sandboxd.isolation.wire import LaunchSpec, MountSpec, OverlaySpec
 from sandboxd.names import shown
 from sandboxd.paths import Paths
+from sandboxd.policy.model import DEFAULT_TEAM
+from sandboxd.sessions.helper import ask
 from sandboxd.sessions.landing import CHANGES, KEPT, WORKSPACE
 from sandboxd.sessions.trees import is_empty, remove
 
@@ -55,11 +53,6 @@ _MAX_ANSWER = 24 << 20
 _MAX_REQUEST = 4 << 20
 #: Paths that an audit record names.
 _TOLD_PATHS = 50
-
-_LIBRARY = "/run/sandboxd/changes"
-_BOOT = (
-    f"import sys; sys.path.append({_LIBRARY!r}); from sandboxd.sessions.landing import main; main()"
-)
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,7 @@ class Layers:
     quota: int
     state: State
     why: str = ""
+    team: str = DEFAULT_TEAM
 
 
 @dataclass
@@ -98,7 +92,7 @@ class Changes:
         self._landing: set[str] = set()  # workspaces that are changing now
 
     async def begin(
-        self, session: str, agent: str, workspace: Path, *, quota: int, uid: int
+        self, session: str, agent: str, team: str, workspace: Path, *, quota: int, uid: int
     ) -> int:
         """Make a copy-on-write view of ``workspace``; returns the mount namespace that holds it.
 
@@ -113,7 +107,7 @@ class Changes:
         layers = self._layers(session)
         try:
             since = await trio.to_thread.run_sync(_make, layers, workspace)
-            self._write(Layers(session, agent, str(workspace), since, quota, "live"))
+            self._write(Layers(session, agent, str(workspace), since, quota, "live", team=team))
             spec = LaunchSpec(
                 id=session,
                 argv=(b"/nothing",),
@@ -190,7 +184,7 @@ class Changes:
         What can't be applied for another reason is in the result's ``failed``.
         """
         layers = self._reviewable(session)
-        who: dict[str, Any] = {"session": session, "agent": layers.agent, "by": by}
+        who = {**_about(layers), "by": by}
         # What has begun goes to its end, also when the operator leaves.
         with trio.CancelScope(shield=True):
             async with self._alone(session, landing=layers):
@@ -216,9 +210,7 @@ class Changes:
         layers = self._reviewable(session)
         _refuse_running(layers)
         async with self._alone(session):
-            await self._audit.append(
-                "session.discarded", session=session, agent=layers.agent, by=by
-            )
+            await self._audit.append("session.discarded", **_about(layers), by=by)
             await trio.to_thread.run_sync(remove, self._layers(session))
             self._write(replace(layers, state="discarded", why=f"by {by}"))
 
@@ -317,45 +309,21 @@ class Changes:
         asked = json.dumps(request).encode()
         if len(asked) > _MAX_REQUEST:
             raise Invalid("too many paths for one request", hint="name directories instead")
-        spec = LaunchSpec(
-            id="changes",
-            argv=(os.fsencode(sys.executable), b"-I", b"-S", b"-B", b"-c", _BOOT.encode()),
-            env=((b"LANG", b"C.UTF-8"), (b"PATH", b"/usr/bin:/bin")),
+        answer = await ask(
+            self._launcher,
+            "landing",
+            asked,
+            mounts=mounts,
             uid=uid,
-            user="review",
-            mounts=(*python_mounts(), *mounts),
-            files=_library(),
-            limits=Limits(memory=1 << 30, processes=16, cpu_seconds=int(_PATIENCE)),
+            namespace=namespace,
+            patience=_PATIENCE,
+            max_answer=_MAX_ANSWER,
         )
-        with contextlib.ExitStack() as given:
-            stdin = _memory(given, asked)
-            stdout, stderr = _memory(given), _memory(given)
-            extra = []
-            if namespace is not None:  # our own: the session may end and close its one
-                extra.append(os.dup(namespace))
-                given.callback(os.close, extra[0])
-            process = await self._launcher.launch(
-                spec,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                extra=extra,
+        if answer is None:
+            raise Unavailable(
+                "the changes could not be read to the end",
+                hint="there may be too many of them for the memory and time of a review",
             )
-            try:
-                with trio.move_on_after(_PATIENCE):
-                    await process.wait()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await process.kill()
-                    ended = await process.wait()
-            answer = _parsed(os.pread(stdout, _MAX_ANSWER, 0)) if ended.code == 0 else None
-            if answer is None:
-                said = os.pread(stderr, 65536, 0).decode(errors="replace").strip().splitlines()
-                _log.error("a review ended with %s: %s", ended, said[-1:])
-                raise Unavailable(
-                    "the changes could not be read to the end",
-                    hint="there may be too many of them for the memory and time of a review",
-                )
         if trouble := answer.get("trouble"):
             raise Invalid(str(trouble))
         return answer
@@ -396,6 +364,10 @@ def _refuse_running(layers: Layers) -> None:
         )
 
 
+def _about(layers: Layers) -> dict[str, Any]:
+    return {"session": layers.session, "agent": layers.agent, "team": layers.team}
+
+
 def _make(layers: Path, workspace: Path) -> int:
     """Make the directories of the layers; the kernel's time at that moment, in nanoseconds."""
     layers.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -413,33 +385,3 @@ def _told(paths: Sequence[str]) -> dict[str, Any]:
     """Paths as an audit record names them: not more than anybody reads."""
     told: list[JSON] = [shown(path) for path in paths[:_TOLD_PATHS]]
     return {"paths": told, "more_paths": max(0, len(paths) - _TOLD_PATHS)}
-
-
-def _memory(given: contextlib.ExitStack, data: bytes = b"") -> int:
-    """A file in memory: with ``data`` to be read, or empty to be written."""
-    fd = os.memfd_create("sandboxd-review", os.MFD_CLOEXEC)
-    given.callback(os.close, fd)
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
-def _parsed(data: bytes) -> dict[str, Any] | None:
-    try:
-        answer = json.loads(data)
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
-
-
-@functools.cache
-def _library() -> tuple[FileSpec, ...]:
-    """The program and what it imports, as files of the sandbox."""
-    here = files("sandboxd.sessions")
-    modules = {"__init__": b"", "sessions/__init__": b""} | {
-        f"sessions/{name}": here.joinpath(f"{name}.py").read_bytes()
-        for name in ("landing", "overlay", "trees")
-    }
-    return tuple(
-        FileSpec(f"{_LIBRARY}/sandboxd/{name}.py", text, 0o444) for name, text in modules.items()
-    )

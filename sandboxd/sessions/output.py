@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import trio
@@ -25,7 +25,8 @@ class Recorder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.changed = trio.Condition()
-        self.done = False
+        #: Whether there is something to read, or never will be.
+        self.begun = self.done = False
         self._path = directory / "output.log"
         self._log = -1
         self._size = 0
@@ -35,12 +36,14 @@ class Recorder:
         try:
             async with trio.lowlevel.FdStream(fd) as pipe:
                 self._try(self._open)
+                self.begun = True
+                await self._tell()
                 async for chunk in pipe:  # also without a log: a full pipe would stop the agent
                     self._try(self._write, chunk)
                     await self._tell()
         finally:
             self._close()
-            self.done = True
+            self.begun = self.done = True
             with trio.CancelScope(shield=True):
                 await self._tell()
 
@@ -77,11 +80,15 @@ class Recorder:
 
 async def read_log(
     directory: Path, recorder: Recorder | None, *, follow: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The recorded output, oldest first; with ``follow`` on and on until the session ends.
 
     NotFound when nothing was recorded (an attached session's output went to its operator).
     """
+    while follow and recorder is not None and not recorder.begun:
+        async with recorder.changed:
+            if not recorder.begun:
+                await recorder.changed.wait()
     paths = [p for p in (directory / "output.1.log", directory / "output.log") if p.exists()]
     if not paths and recorder is None:
         raise NotFound(

@@ -103,16 +103,18 @@ def names(fd: int) -> list[str]:
     return sorted(os.listdir(fd))
 
 
-def move(at: int, fresh: str, name: str, *, over: bool) -> None:
+def move(at: int, fresh: str, name: str, *, over: bool, to: int | None = None) -> None:
+    """rename(2) from ``at`` to ``to``, or within ``at``; only ``over`` replaces what is there."""
+    target = at if to is None else to
     if over:
-        os.rename(fresh, name, src_dir_fd=at, dst_dir_fd=at)
+        os.rename(fresh, name, src_dir_fd=at, dst_dir_fd=target)
         return
     old, new = os.fsencode(fresh), os.fsencode(name)
-    if _libc.renameat2(at, old, at, new, _RENAME_NOREPLACE) < 0:
+    if _libc.renameat2(at, old, target, new, _RENAME_NOREPLACE) < 0:
         code = ctypes.get_errno()
         if code != errno.EINVAL:  # a file system that can't: the check was a moment ago
             raise OSError(code, os.strerror(code))
-        os.rename(fresh, name, src_dir_fd=at, dst_dir_fd=at)
+        os.rename(fresh, name, src_dir_fd=at, dst_dir_fd=target)
 
 
 def lstat(at: int | None, name: str) -> os.stat_result | None:

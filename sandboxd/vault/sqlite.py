@@ -13,7 +13,14 @@ from typing import Any
 from sandboxd.errors import StoreError
 from sandboxd.files import fsync_directory, open_private
 from sandboxd.names import shown
-from sandboxd.vault.store import Header, KeyRow, SessionRecord, VariableRow
+from sandboxd.vault.store import (
+    ApiKeyRow,
+    Header,
+    KeyRow,
+    RevocationRow,
+    SessionRecord,
+    VariableRow,
+)
 
 __all__ = ["MIGRATIONS", "SqliteStore"]
 
@@ -54,8 +61,30 @@ _SCHEMA_1 = (
     )""",
 )
 
+#: What a session rests on.
+_SCHEMA_2 = (
+    "ALTER TABLE sessions ADD COLUMN api_key TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN token TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN subject TEXT NOT NULL DEFAULT ''",
+)
+
+#: Who may come in over HTTP.
+_SCHEMA_3 = (
+    """CREATE TABLE api_keys (
+        id TEXT NOT NULL PRIMARY KEY, team TEXT NOT NULL, label TEXT NOT NULL, role TEXT NOT NULL,
+        agents TEXT NOT NULL, prefix TEXT NOT NULL, hash BLOB NOT NULL, created_at REAL NOT NULL,
+        created_by TEXT NOT NULL, expires_at REAL, ended_at REAL, ended_by TEXT NOT NULL,
+        replaces TEXT NOT NULL, digest BLOB NOT NULL, last_used_at REAL, used_digest BLOB NOT NULL
+    )""",
+    """CREATE TABLE revocations (
+        team TEXT NOT NULL, kind TEXT NOT NULL, what TEXT NOT NULL, at REAL NOT NULL,
+        revoked_by TEXT NOT NULL, digest BLOB NOT NULL,
+        PRIMARY KEY (team, kind, what)
+    )""",
+)
+
 #: Statements that lead from each schema version to the next; the last one is ours.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA_1,)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 
 _HEADER = "store, created_at, key_check, generation, digest"
 _KEY = "purpose, team, id, created_at, nonce, wrapped"
@@ -63,9 +92,14 @@ _VARIABLE = (
     "team, agent, name, version, live, revoked_up_to, key_id, nonce, ciphertext, fingerprint, "
     "set_at, set_by, digest, last_used_at, used_digest"
 )
+_API_KEY = (
+    "id, team, label, role, agents, prefix, hash, created_at, created_by, expires_at, ended_at, "
+    "ended_by, replaces, digest, last_used_at, used_digest"
+)
+_REVOCATION = "team, kind, what, at, revoked_by, digest"
 _SESSION = (
     "id, agent, policy, state, started_at, ended_at, exit_code, exit_signal, reason, started_by, "
-    "variables, workspace"
+    "variables, workspace, team, api_key, token, subject"
 )
 
 
@@ -255,25 +289,48 @@ class SqliteTransaction:
             (last_used_at, used_digest, team, agent, name),
         )
 
-    def put_session(self, team: str, record: SessionRecord) -> None:
+    def api_key_rows(self) -> list[ApiKeyRow]:
+        rows = self._db.execute(f"SELECT {_API_KEY} FROM api_keys ORDER BY created_at, id")
+        return [ApiKeyRow(*row) for row in rows]
+
+    def put_api_key(self, row: ApiKeyRow) -> None:
+        self._put("api_keys", _API_KEY, _values(row))
+
+    def put_api_key_used(self, id: str, last_used_at: float, used_digest: bytes) -> None:
+        self._db.execute(
+            "UPDATE api_keys SET last_used_at = ?, used_digest = ? WHERE id = ?",
+            (last_used_at, used_digest, id),
+        )
+
+    def revocation_rows(self) -> list[RevocationRow]:
+        rows = self._db.execute(f"SELECT {_REVOCATION} FROM revocations ORDER BY team, kind, what")
+        return [RevocationRow(*row) for row in rows]
+
+    def put_revocation(self, row: RevocationRow) -> None:
+        self._put("revocations", _REVOCATION, _values(row))
+
+    def delete_revocations(self, before: float) -> None:
+        self._db.execute("DELETE FROM revocations WHERE at < ?", (before,))
+
+    def put_session(self, record: SessionRecord) -> None:
         values = (
             json.dumps(dict(value), sort_keys=True) if field == "variables" else value
             for field, value in vars(record).items()
         )
-        self._put("sessions", f"team, {_SESSION}", (team, *values))
+        self._put("sessions", _SESSION, tuple(values))
         if record.state == "ended":
             self._db.execute(
                 "DELETE FROM sessions WHERE team = ? AND state = 'ended' AND id NOT IN (SELECT "
                 "id FROM sessions WHERE team = ? AND state = 'ended' "
                 "ORDER BY ended_at DESC LIMIT ?)",
-                (team, team, _ENDED_SESSIONS),
+                (record.team, record.team, _ENDED_SESSIONS),
             )
 
-    def sessions(self, team: str, *, include_ended: bool) -> list[SessionRecord]:
+    def sessions(self, team: str | None, *, include_ended: bool) -> list[SessionRecord]:
         cursor = self._db.execute(
-            f"SELECT {_SESSION} FROM sessions WHERE team = ? AND (? OR state <> 'ended') "
-            "ORDER BY started_at, id",
-            (team, include_ended),
+            f"SELECT {_SESSION} FROM sessions WHERE (? IS NULL OR team = ?) "
+            "AND (? OR state <> 'ended') ORDER BY started_at, id",
+            (team, team, include_ended),
         )
         return [_session(row) for row in cursor]
 
@@ -282,21 +339,21 @@ class SqliteTransaction:
         self._db.execute(f"INSERT OR REPLACE INTO {table} ({columns}) VALUES ({marks})", values)
 
 
-def _values(row: Header | KeyRow | VariableRow) -> tuple[Any, ...]:
+def _values(row: Header | KeyRow | VariableRow | ApiKeyRow | RevocationRow) -> tuple[Any, ...]:
     return tuple(vars(row).values())
 
 
 def _session(row: tuple[Any, ...]) -> SessionRecord:
+    columns = dict(zip(_SESSION.split(", "), row, strict=True))
     versions = None
     with contextlib.suppress(ValueError, TypeError):
-        versions = json.loads(row[-2])
+        versions = json.loads(columns["variables"])
     if not isinstance(versions, dict) or not all(type(v) is int for v in versions.values()):
         raise StoreError(
             f"the record of session {shown(str(row[0]))} is corrupted",
             hint="restore the store from a backup",
         )
-    columns = dict(zip(_SESSION.split(", "), row, strict=True))
-    columns["by"] = columns.pop("started_by")
+    columns["by"], columns["key"] = columns.pop("started_by"), columns.pop("api_key")
     return SessionRecord(**columns | {"variables": versions})
 
 

@@ -11,12 +11,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Header", "KeyRow", "SessionRecord", "Store", "Transaction", "VariableRow"]
+__all__ = [
+    "ApiKeyRow",
+    "Header",
+    "KeyRow",
+    "RevocationRow",
+    "SessionRecord",
+    "Store",
+    "Transaction",
+    "VariableRow",
+]
 
 
 @dataclass(frozen=True)
 class Header:
-    """One per store. ``digest`` covers it, every key and every variable row."""
+    """One per store. ``digest`` covers it, every key and every row that has a digest."""
 
     store: bytes  # random identity
     created_at: float
@@ -29,7 +38,7 @@ class Header:
 class KeyRow:
     """A key of the store, wrapped by the master key, which authenticates the whole row."""
 
-    purpose: str  # "integrity" or "data"
+    purpose: str  # "integrity", "data" or "signing"
     team: str
     id: int
     created_at: float
@@ -64,6 +73,44 @@ class VariableRow:
 
 
 @dataclass(frozen=True)
+class ApiKeyRow:
+    """An API key, without the key: ``hash`` tells it under a key of the store.
+
+    A row is never removed, so that what rests on a deactivated key stays refused. ``digest`` covers
+    all but the last two columns, ``used_digest`` covers ``last_used_at``.
+    """
+
+    id: str
+    team: str
+    label: str
+    role: str
+    agents: str  # a JSON list, or null for all of the team
+    prefix: str
+    hash: bytes
+    created_at: float
+    created_by: str
+    expires_at: float | None
+    ended_at: float | None  # when it was deactivated
+    ended_by: str
+    replaces: str  # the key that a rotation made this one for
+    digest: bytes
+    last_used_at: float | None
+    used_digest: bytes
+
+
+@dataclass(frozen=True)
+class RevocationRow:
+    """Tokens that are refused though they have not expired: one of them, or all of a user's."""
+
+    team: str
+    kind: str  # "token": ``what`` is its jti; "user": its subject, of tokens made until ``at``
+    what: str
+    at: float
+    by: str
+    digest: bytes
+
+
+@dataclass(frozen=True)
 class SessionRecord:
     """What is known of a session after its processes are gone. Not secret, not sealed."""
 
@@ -79,6 +126,10 @@ class SessionRecord:
     by: str
     variables: Mapping[str, int]  # name -> version that it started with
     workspace: str
+    team: str
+    key: str = ""  # id of the API key that it rests on
+    token: str = ""  # its token's jti
+    subject: str = ""  # the application's user that the token is for
 
 
 class Transaction(Protocol):
@@ -98,8 +149,14 @@ class Transaction(Protocol):
     def put_used(
         self, team: str, agent: str, name: str, last_used_at: float, used_digest: bytes
     ) -> None: ...
-    def put_session(self, team: str, record: SessionRecord) -> None: ...
-    def sessions(self, team: str, *, include_ended: bool) -> list[SessionRecord]: ...
+    def api_key_rows(self) -> list[ApiKeyRow]: ...
+    def put_api_key(self, row: ApiKeyRow) -> None: ...
+    def put_api_key_used(self, id: str, last_used_at: float, used_digest: bytes) -> None: ...
+    def revocation_rows(self) -> list[RevocationRow]: ...
+    def put_revocation(self, row: RevocationRow) -> None: ...
+    def delete_revocations(self, before: float) -> None: ...
+    def put_session(self, record: SessionRecord) -> None: ...
+    def sessions(self, team: str | None, *, include_ended: bool) -> list[SessionRecord]: ...
 
 
 class Store(Protocol):

@@ -8,7 +8,7 @@ __all__ = ["BOUNDS"]
 
 
 def _rlimit(name: str, line: str, *more: Change) -> Layer:
-    change = one("sandbox.py", f"        (resource.RLIMIT_{line}),\n")
+    change = one("program.py", f"        (resource.RLIMIT_{line}),\n")
     return Layer(f"rlimit: {name}", "setrlimit(2)", (*change, *more), ("exhaustion",))
 
 
@@ -19,7 +19,7 @@ def _kept_ready(name: str, source: str, old: str, new: str, tests: str) -> Layer
 
 
 _LEAK = Change(
-    ISOLATION + "sandbox.py",
+    ISOLATION + "program.py",
     "def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:\n",
     "def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:\n"
     '    os.dup2(os.open("/", os.O_RDONLY), 200, inheritable=True)\n',
@@ -96,7 +96,7 @@ BOUNDS: tuple[Layer, ...] = (
     Layer(
         "no inherited descriptors",
         "close_range(2)",
-        one("sandbox.py", "    kernel.close_all_but([*targets, done])\n"),
+        one("program.py", "    kernel.close_all_but([*targets, done])\n"),
         ("shared", "paths"),
         planted=(_LEAK,),
     ),

@@ -84,7 +84,7 @@ RIGHTS: tuple[Layer, ...] = (
     Layer(
         "a terminal session of its own",
         "setsid(2)",
-        one("sandbox.py", "    os.setsid()\n"),
+        one("program.py", "    os.setsid()\n"),
         ("privileges",),
     ),
     Layer(
@@ -97,7 +97,7 @@ RIGHTS: tuple[Layer, ...] = (
         "no core dumps",
         "core(5), setrlimit(2)",
         (
-            *one("sandbox.py", "    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"),
+            *one("program.py", "    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"),
             *one("launcher.py", "        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"),
             Change(
                 "sandboxd/privileges.py", "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))", "pass"

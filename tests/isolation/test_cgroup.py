@@ -310,7 +310,13 @@ os.read(done, 1)"""
     assert worked.peak_kib >= 48 << 10
     idle = (await grouped.run("/bin/true")).exit
     assert idle.cpu_ms + 200 < worked.cpu_ms
-    assert 0 < idle.peak_kib < 48 << 10
+    assert idle.peak_kib < 48 << 10
+    # A template is used again; before Linux 6.12 what it held at most can't be set back.
+    assert idle.peak_kib > 0 or (grouped.template and _release() < (6, 12))
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in os.uname().release.split(".")[:2])
 
 
 # ---- bombs, and everybody else
@@ -455,7 +461,7 @@ async def test_without_its_cgroup_nothing_starts(grouped: Box) -> None:
         with pytest.raises(KernelError) as refusal:
             await grouped.run("/bin/true", limits=limits)
         assert refusal.value.errno == errno.ENOENT
-        assert refusal.value.path.startswith(f"{victim}/")
+        assert f"{refusal.value.path}/".startswith(f"{victim}/")
 
 
 # ---- hosts of other kinds, made in a mount namespace of the launcher's own

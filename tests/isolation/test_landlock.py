@@ -154,7 +154,7 @@ if other == 0:  # until the probe ends
     os.close(writer)
     os.read(reader, 1)
     os._exit(0)
-restrict(ABI, [], (), tcp=True)
+restrict(ABI, [], (), ports=None)
 child = os.fork()
 if child == 0:
     signal.pause()
@@ -174,7 +174,7 @@ for place in ("open", "closed"):
     os.mkdir(f"{root}/{place}/gone")
     shutil.copy("/bin/true", f"{root}/{place}/true")
 loader = Place("/usr", execute=True)  # runs every program
-restrict(ABI, [Place(root + "/open", write=True, execute=True), loader], (), tcp=True)
+restrict(ABI, [Place(root + "/open", write=True, execute=True), loader], (), ports=None)
 def tries(place):
     at = lambda name: f"{root}/{place}/{name}"
     def listen():
@@ -225,7 +225,7 @@ def test_each_abi_denies_what_it_can_and_nothing_else(
 def test_devices_take_requests_only_below_dev(outside: Outside) -> None:
     probe = """
 import fcntl
-restrict(ABI, [Place("/dev", devices=True)] if DEVICES else [], (), tcp=True)
+restrict(ABI, [Place("/dev", devices=True)] if DEVICES else [], (), ports=None)
 tell(zero=attempt(fcntl.ioctl, os.open("/dev/zero", os.O_RDONLY), 0x5401, bytes(60)))
 """
     there = ALONE + probe.replace("ABI", str(ABI))
@@ -243,7 +243,7 @@ given = os.open("given", os.O_RDWR | os.O_CREAT)
 readable = os.open("given", os.O_RDONLY)
 terminal, slave = os.openpty()
 restrict(ABI, [], [given, readable, slave, os.memfd_create("m"), *os.pipe()] if GIVEN else [],
-         tcp=True)
+         ports=None)
 tell(file=attempt(open, f"/proc/self/fd/{given}", "w"), pty=attempt(open, os.ttyname(slave), "w"),
      beside=attempt(open, "beside", "w"))
 """
@@ -267,7 +267,7 @@ def test_a_stream_for_reading_is_not_opened_for_writing(outside: Outside, tmp_pa
     (tmp_path / "given").touch()
     probe = """
 fd = os.open("given", os.O_RDONLY)
-restrict(ABI, [], [fd], tcp=True)
+restrict(ABI, [], [fd], ports=None)
 tell(again=attempt(open, f"/proc/self/fd/{fd}"), write=attempt(os.open, "given", os.O_WRONLY))
 """
     seen = outside(ALONE + probe.replace("ABI", str(ABI)), cwd=tmp_path)
@@ -292,7 +292,7 @@ def test_a_link_of_an_agents_making_leads_to_no_right(outside: Outside, tmp_path
     (tmp_path / "link").symlink_to("victim")
     probe = f"""
 try:
-    restrict({ABI}, [Place(os.path.realpath(".") + "/link", write=True)], (), tcp=True)
+    restrict({ABI}, [Place(os.path.realpath(".") + "/link", write=True)], (), ports=None)
 except Exception as failure:
     told = str(failure)
 tell(told=told, write=attempt(open, "victim/x", "w"))
@@ -308,7 +308,7 @@ def test_an_absent_place_fails_the_launch_unless_it_is_optional(
     probe = f"""
 def try_with(**more):
     try:
-        restrict({ABI}, [Place("/absent", write=True, **more)], (), tcp=True)
+        restrict({ABI}, [Place("/absent", write=True, **more)], (), ports=None)
     except Exception as failure:
         return str(failure)
 tell(must=try_with(), may=try_with(optional=True), restricted=attempt(open, "x", "w"))

@@ -1,0 +1,1 @@
+"""The network of a sandbox that has none: what the broker connects for it, as its policy names."""

@@ -1,0 +1,156 @@
+"""The HTTP proxy that a sandbox finds on its loopback: CONNECT, and plain HTTP in absolute form.
+
+It runs in the broker, on a listening socket that was made inside the sandbox's network namespace.
+RFC 9110, 9.3.6 for CONNECT and 7.6 for what a proxy forwards; RFC 9112, 3.2.2 for the absolute
+form. A refusal is an answer, with the rule and what to run, never a hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NoReturn
+
+import h11
+import trio
+
+from sandboxd.egress.accept import serve_each
+from sandboxd.egress.forward import forward, headers_for
+from sandboxd.egress.gate import Connection, Gate
+from sandboxd.egress.hello import ClientHello
+from sandboxd.egress.pump import pump
+from sandboxd.egress.wire import Client, Refused
+from sandboxd.errors import Denied, Invalid, SandboxdError, Unavailable
+from sandboxd.policy.destinations import Destination, destination, split_authority
+
+__all__ = ["serve_proxy"]
+
+_TLS_PORT = 443
+
+
+async def serve_proxy(listener: trio.SocketListener, gate: Gate) -> NoReturn:
+    """Serve one sandbox until cancelled. Clients beyond the gate's bound wait to be accepted.
+
+    The listener is closed then.
+    """
+
+    async def one(stream: trio.SocketStream) -> None:
+        client = Client(stream, gate.bounds)
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while await _one(client, gate):
+                pass
+
+    await serve_each(listener, one, gate.bounds.connections)
+
+
+async def _one(client: Client, gate: Gate) -> bool:
+    """One request and its answer; whether another may follow on the connection."""
+    try:
+        try:
+            request = await client.request()
+            if request is None:
+                return False
+            if request.method == b"CONNECT":
+                await _tunnel(client, gate, request)
+                return False
+            await _plain(client, gate, request)
+        except Refused as refused:
+            await gate.refuse(None, "http", "the proxy's protocol", refused.message)
+            await client.answer(refused.status, refused.message, refused.hint)
+    except Denied as denied:
+        rule = f"rule: {denied.rule}\n" if denied.rule else ""
+        await client.answer(403, denied.message, rule + denied.hint)
+    except Unavailable as failure:
+        await client.answer(502, failure.message, failure.hint)
+    except SandboxdError as failure:  # what happened could not be recorded
+        await client.answer(503, "the connection can't be recorded", failure.hint)
+    return await client.next()
+
+
+async def _tunnel(client: Client, gate: Gate, request: h11.Request) -> None:
+    wanted = _destination(request.target.decode("latin-1"), None)
+    connection = await gate.open(wanted, "connect")
+    outcome = "closed"
+    try:
+        rest = await client.tunnel()
+        outcome = await _checked(client, gate, connection, rest)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        outcome = "reset"
+    except trio.Cancelled:
+        outcome = "cancelled"
+        raise
+    finally:
+        await gate.close(connection, outcome)
+
+
+async def _checked(client: Client, gate: Gate, connection: Connection, first: bytes) -> str:
+    """Pass the tunnel's bytes on once its first ones ask for the host that was allowed."""
+    wanted = connection.destination
+    if not first and wanted.port != _TLS_PORT:
+        # The server may have to speak first (SSH, SMTP); what the client says then is not TLS's
+        # first message, or is so by an upgrade within its own protocol.
+        return await pump(client.stream, connection, gate.bounds)
+    hello, held = ClientHello(), bytearray()
+    with trio.move_on_after(gate.bounds.head):
+        while not hello.done:
+            if not first:
+                first = await client.stream.receive_some(64 << 10)
+                if not first:
+                    return "closed"
+            held += first
+            hello.feed(first)
+            first = b""
+    problem = _mismatch(hello, wanted)
+    if problem:
+        await gate.refuse(wanted, "connect", connection.rule, problem)
+        return "refused"
+    await connection.stream.send_all(bytes(held))
+    connection.sent += len(held)
+    return await pump(client.stream, connection, gate.bounds)
+
+
+def _mismatch(hello: ClientHello, wanted: Destination) -> str:
+    if not hello.done:
+        return "the tunnel's first message did not arrive in time"
+    if not hello.is_tls:
+        return "port 443 takes TLS only" if wanted.port == _TLS_PORT else ""
+    if not hello.readable:
+        return "the tunnel's first message is not a TLS client's"
+    name = (hello.server_name or "").lower().removesuffix(".")
+    if wanted.address is None and name and name != wanted.host:
+        return f"the tunnel is for {wanted.host} and its TLS asks for another host"
+    return ""
+
+
+async def _plain(client: Client, gate: Gate, request: h11.Request) -> None:
+    target = request.target.decode("latin-1")
+    if not target.lower().startswith("http://"):
+        raise Refused(
+            400,
+            "this is a proxy: it takes CONNECT, and http:// addresses",
+            "set HTTP_PROXY and HTTPS_PROXY to it rather than sending requests to it",
+        )
+    authority, slash, path = target[len("http://") :].partition("/")
+    if "?" in authority or "#" in authority:
+        raise Refused(400, "the address has no path before its query")
+    wanted = _destination(authority, 80)
+    method = request.method.decode("latin-1")
+    headers = headers_for(request, authority)
+    connection = await gate.open(wanted, "http", method)
+    outcome = "closed"
+    try:
+        outcome = await forward(
+            client, connection, gate.bounds, method, slash + path or "/", headers
+        )
+    except trio.Cancelled:
+        outcome = "cancelled"
+        raise
+    finally:
+        await gate.close(connection, outcome)
+
+
+def _destination(authority: str, default: int | None) -> Destination:
+    try:
+        host, port = split_authority(authority, default)
+        return destination(host, port)
+    except Invalid as error:
+        raise Refused(400, error.message, error.hint) from None
