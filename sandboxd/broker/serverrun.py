@@ -20,7 +20,7 @@ from sandboxd.broker.chosen import Chosen, unseal
 from sandboxd.broker.failures import describe, first
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.mcppeer import Fault, Peer
-from sandboxd.broker.session import Session
+from sandboxd.broker.session import Session, about
 from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
@@ -354,14 +354,7 @@ class Running:
         )
 
     def _who(self) -> dict[str, Any]:
-        session = self.session
-        return {
-            "agent": session.agent.slug,
-            "team": session.agent.team,
-            "session": session.id,
-            "server": self.server.name,
-            "id": self.id,
-        }
+        return {**about(self.session), "server": self.server.name, "id": self.id}
 
 
 def _how(end: Exit) -> str:
