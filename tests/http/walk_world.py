@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
@@ -66,6 +65,7 @@ class World:
     #: Texts that tell of the target or its team.
     marks: list[str] = field(default_factory=list)
     fresh: int = 0
+    left: ExitStack = field(default_factory=ExitStack)
 
     def ask(
         self, who: str, method: str, path: str, *, body: Any = None, first_line: bool = False
@@ -99,6 +99,32 @@ class World:
         self.daemon.call("session.stop", id=id, grace=0)
         return id
 
+    def question(self) -> str:
+        """A call of the target that waits for an operator."""
+        waiting = self.left.enter_context(self.daemon.client())
+        before = set(_calls(self.daemon, "red-target"))
+        waiting.submit("tools.run", tool="ask-red", arguments={}, session=self.real.live)
+        found: set[str] = set()
+
+        def waits() -> bool:
+            found.update(set(_calls(self.daemon, "red-target")) - before)
+            return bool(found)
+
+        until(waits)
+        return found.pop()
+
+    def key(self) -> str:
+        """A new key of the target's team."""
+        label = f"label-of-{self.unique()}"
+        made = self.daemon.call("keys.create", team="red", role="viewer", label=label)
+        id: str = made["key"]["id"]
+        return id
+
+    def anew(self, which: str) -> Names:
+        """The target's names, with this one made for what ends it."""
+        make = {"live": self.session, "ended": self.ended, "call": self.question, "key": self.key}
+        return replace(self.real, **{which: make[which]()}) if which else self.real
+
     def unique(self) -> str:
         self.fresh += 1
         return f"walked{self.fresh}"
@@ -110,27 +136,25 @@ def world() -> Iterator[World]:
         _configure(daemon)
         daemon.start()
         client = left.enter_context(httpx2.Client(base_url=daemon.url, timeout=60))
-        made = World(daemon, client)
+        made = World(daemon, client, left=left)
         _credentials(made)
         daemon.set("red-target", RED_VARIABLE="a-value-of-the-walk")
         live, ended = made.session(), made.ended()
-        calls = {}
-        asked = (
-            ("red-target", "ask-red", {"session": live}),
-            ("red-beside", "ask-beside", {"agent": "red-beside"}),
-            ("blue-agent", "ask-blue", {"agent": "blue-agent"}),
-        )
-        for agent, tool, place in asked:
+        for tool, place in (
+            ("ask-red", {"session": live}),
+            ("ask-beside", {"agent": "red-beside"}),
+            ("ask-blue", {"agent": "blue-agent"}),
+        ):
             waiting = left.enter_context(daemon.client())
             waiting.submit("tools.run", tool=tool, arguments={}, **place)
-            calls[agent] = _call_of(daemon, agent)
+        until(lambda: all(_calls(daemon, agent) for agent in _AGENTS))
         made.real = Names(
             team="red",
             agent="red-target",
             tool="ask-red",
             live=live,
             ended=ended,
-            call=calls["red-target"],
+            call=_calls(daemon, "red-target")[0],
             key=made.ids["operator"],
         )
         made.marks += [
@@ -179,7 +203,6 @@ def _credentials(made: World) -> None:
         ("beside", "red", "operator", ["red-beside"]),
         ("developer beside", "red", "developer", ["red-beside"]),
         ("stranger", "blue", "owner", None),
-        ("spare", "red", "viewer", None),
     ]
     for who, team, role, agents in keys:
         scope = {} if agents is None else {"agents": agents}
@@ -200,18 +223,6 @@ def _credentials(made: World) -> None:
     made.bearers |= {"nobody": "", "guesser": "an_sk_" + "0" * 64}
 
 
-def _call_of(daemon: RealDaemon, agent: str) -> str:
-    found: list[str] = []
-
-    def waits() -> bool:
-        rows = daemon.call("approvals.list")["approvals"]
-        found[:] = [row["id"] for row in rows if row["agent"] == agent]
-        return bool(found)
-
-    until(waits)
-    return found[0]
-
-
-def wait_until_alive(made: World, id: str) -> None:
-    """The session runs: what was refused to others did not touch it."""
-    assert made.daemon.call("session.show", id=id)["state"] == "running", time.time()
+def _calls(daemon: RealDaemon, agent: str) -> list[str]:
+    rows = daemon.call("approvals.list")["approvals"]
+    return [row["id"] for row in rows if row["agent"] == agent]
