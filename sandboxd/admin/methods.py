@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.agent_methods import AgentMethods
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
 from sandboxd.admin.exec_methods import ExecMethods
@@ -23,7 +24,7 @@ from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
 from sandboxd.errors import Denied
-from sandboxd.policy.explain import describe_tool, explain_call, outlook
+from sandboxd.policy.explain import describe_tool, explain_call, explain_egress, outlook
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 
@@ -38,6 +39,7 @@ class Methods:
 
     def table(self) -> Mapping[str, Method]:
         return {
+            **AgentMethods(self._daemon).table(),
             **VariableMethods(self._daemon).table(),
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
@@ -55,6 +57,7 @@ class Methods:
             "audit.tail": self.audit_tail,
             "audit.verify": self.audit_verify,
             "policy.explain": self.policy_explain,
+            "policy.egress": self.policy_egress,
             "policy.outlook": self.policy_outlook,
             "tools.show": self.tools_show,
         }
@@ -204,6 +207,13 @@ class Methods:
         return Reply(
             {**found, "isolation": layers(found["network"], daemon.launcher, found["lowered"])}
         )
+
+    async def policy_egress(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """What the agent, or one of its tools, may reach; and whether ``target`` is of it."""
+        agent = known_agent(self._daemon, params)
+        tool = known_tool(self._daemon, params) if params.get("tool") else None
+        target, method = str(params.get("target") or ""), str(params.get("method") or "")
+        return Reply(explain_egress(self._daemon.config, agent, tool, target, method))
 
     async def policy_outlook(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """What each agent can do: by the configuration in force, or by what the files say now."""

@@ -32,6 +32,7 @@ from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.servers import Servers, Tally
 from sandboxd.broker.session import Session
+from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
@@ -385,6 +386,8 @@ class Calls:
         """Start the program and stay with it until its tree is dead and its output read."""
         async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
             with contextlib.ExitStack() as given:
+                egress = open_outlet(prepared.egress, _who(live), self._audit.append)
+                outlet = given.enter_context(egress)
                 stdout, stdout_end = descriptors.output(given)
                 stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
@@ -398,10 +401,13 @@ class Calls:
                     extra=[
                         *(descriptors.memory(data, given) for data in prepared.descriptors),
                         *([live.session.overlay] if prepared.spec.brings_namespace else ()),
+                        *outlet.fds,
                     ],
                 )
+                outlet.take()
             live.alive = True
             nursery.start_soon(capture.report)
+            nursery.start_soon(outlet.serve)
             try:
                 with ended:
                     launched = self._audit.note("call.launched", **_who(live), pid=process.pid)

@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 
 from sandboxd import __version__
 from sandboxd.errors import SandboxdError
-from sandboxd.http import mcp, routes_operator, routes_platform
+from sandboxd.http import mcp, routes_operator, routes_platform, routes_sdk
+from sandboxd.http.attended import ClientLeft
 from sandboxd.http.errors import Refusal, answer, refusal_of
 from sandboxd.http.guard import Guard
 from sandboxd.policy.model import HttpSettings
@@ -20,7 +21,12 @@ from sandboxd.running import Daemon
 __all__ = ["make_app"]
 
 #: Modules with ``router(daemon) -> APIRouter``, in the order in which their routes match.
-ROUTERS = (routes_platform, routes_operator, mcp)
+ROUTERS = (
+    routes_sdk,
+    routes_platform,
+    routes_operator,
+    mcp,
+)
 
 _TITLE = "sandboxd"
 _ABOUT = (
@@ -48,10 +54,16 @@ def make_app(daemon: Daemon) -> FastAPI:
     app.add_exception_handler(SandboxdError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientLeft, _left)
+    app.add_exception_handler(Exception, _unexpected)
 
     @app.get("/healthz", tags=["server"], summary="Whether the daemon serves")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/.well-known/jwks.json", tags=["tokens"], summary="Keys that verify tokens")
+    async def jwks() -> dict[str, Any]:
+        return await daemon.access.jwks()
 
     for module in ROUTERS:
         app.include_router(module.router(daemon))
@@ -97,6 +109,16 @@ async def _invalid(request: Request, error: Exception) -> Response:
         for problem in problems[:5]
     )
     return answer(request.url.path, Refusal(400, "validation_error", found))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody gets it
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """The framework raises the error again after this answer, and the server logs where it was."""
+    internal = Refusal(500, "internal", "sandboxd failed at this: its log says where")
+    return answer(request.url.path, internal)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -225,15 +225,16 @@ class _Connection:
         """Let the client read its answer before the close: closing with unread input resets the
         connection and takes the answer along (RFC 9112, 9.6).
         """
+        read = self.h11.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
         with trio.move_on_after(self.bounds.stop_seconds):
-            if isinstance(self.stream, trio.SocketStream):
-                await self.stream.send_eof()
-            elif self.h11.their_state is h11.DONE:
+            if isinstance(self.stream, trio.SSLStream) and read:
                 await self.stream.aclose()
-                return
-            for _ in range(256):
-                if not await self.stream.receive_some(_CHUNK):
-                    return
+            elif not read or self.h11.trailing_data[0]:
+                if isinstance(self.stream, trio.SocketStream):
+                    await self.stream.send_eof()
+                for _ in range(256):
+                    if not await self.stream.receive_some(_CHUNK):
+                        return
 
 
 class _Exchange:
@@ -349,6 +350,8 @@ class _Exchange:
     async def _send_body(self, data: bytes, more: bool) -> None:
         if self.start is None or self.ended:
             raise RuntimeError("a body without a beginning, or after its end")
+        if self.h11.our_state is h11.ERROR:
+            return  # a write failed before
         out = b""
         if self.h11.our_state is h11.SEND_RESPONSE:
             headers = [(bytes(n), bytes(v)) for n, v in self.start.get("headers", ())]

@@ -13,6 +13,7 @@ from sandboxd import names
 from sandboxd.errors import Invalid
 from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.definitions import exposed
+from sandboxd.policy.egress import check_egress
 from sandboxd.policy.files import Trust
 from sandboxd.policy.mcpserver import SEPARATOR
 from sandboxd.policy.model import Agent, ApprovalSettings, HttpSettings, Mount, Policy, Tool
@@ -203,6 +204,14 @@ def _check_agent(
             f"network: host, and policy '{policy.name}' allows its agents none",
             "take a policy with agent_network: host, such as 'agent'",
         )
+    check_egress(agent.egress, agent.network, document, problems)
+    if agent.egress.stated and policy.egress_bounds(agent=True) == ((),):
+        problems.add(
+            file,
+            document.at(("egress",)),
+            f"egress, and policy '{policy.name}' allows its agents none",
+            "name what they may reach under egress in a policy of your own that extends it",
+        )
     for index, name in enumerate(agent.tools):
         tool = loaded.tools.get(name) or loaded.servers.get(name.partition(SEPARATOR)[0])
         if tool and tool[0].network == "host" and policy.network == "none":
@@ -211,6 +220,13 @@ def _check_agent(
                 document.at(("tools", index)),
                 f"{name} needs network: host, and policy '{policy.name}' allows none: "
                 "every call will be denied",
+            )
+        if tool and tool[0].egress.stated and policy.egress_bounds(agent=False) == ((),):
+            problems.warn(
+                file,
+                document.at(("tools", index)),
+                f"{name} names what it reaches under egress, and policy '{policy.name}' allows "
+                "none: it will reach nothing",
             )
 
 

@@ -59,7 +59,7 @@ def test_nothing_of_a_guarded_path_is_told_without_a_key(client: httpx2.Client, 
 
 def test_errors_have_the_form_that_each_client_reads(client: httpx2.Client) -> None:
     key = {"authorization": "Bearer an_sk_" + "0" * 64}
-    text = "invalid API key or token"
+    text = "the API key or token is not valid"
     assert client.get("/v1/x", headers=key).json() == {
         "error": {"code": "invalid_api_key", "message": text}
     }
