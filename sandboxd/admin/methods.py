@@ -73,7 +73,9 @@ class Methods:
                 {
                     "version": __version__,
                     "started_at": iso(daemon.started_at),
-                    "name": principal.name,
+                    "name": principal.subject or "a token"
+                    if principal.kind == "token"
+                    else principal.name,
                     "team": principal.team,
                     "role": principal.role,
                     "sessions": len(live),

@@ -133,7 +133,7 @@ def test_the_walk_sees_a_leak(made: World) -> None:
 
 def test_a_team_that_is_named_is_the_callers_own(made: World) -> None:
     """Variables stay with the team that set them; naming it is no way to them."""
-    for team in ("red", "nob"):
+    for team in ("ruby", "nob"):
         params = {"agent": "blue-agent", "team": team}
         status, text = made.operate("stranger", "env.list", params)
         assert (status, text.replace(team, "TEAM")) == (
@@ -142,7 +142,9 @@ def test_a_team_that_is_named_is_the_callers_own(made: World) -> None:
                 "'x'", "'TEAM'"
             ),
         )
-    assert made.operate("stranger", "env.list", {"agent": "blue-agent", "team": "blue"})[0] == 200
+    assert (
+        made.operate("stranger", "env.list", {"agent": "blue-agent", "team": "sapphire"})[0] == 200
+    )
 
 
 def test_a_stranger_revokes_no_token_of_ours(made: World) -> None:
@@ -160,6 +162,6 @@ def test_every_refusal_of_a_permission_is_recorded(made: World) -> None:
     assert (record["method"], record["key"], record["team"]) == (
         "session.start",
         made.ids["viewer"],
-        "red",
+        "ruby",
     )
     assert before

@@ -45,6 +45,8 @@ class Case:
     path: Callable[[World, Names], str] = lambda made, names: ""
     #: Which keys are tried as controls; all that are allowed where none is named.
     controls: tuple[str, ...] = ()
+    #: Who is outside; all that aren't of the target's team and agent where none is named.
+    outside: tuple[str, ...] = ()
 
 
 def _about(**names: str) -> Callable[[World, Names], Any]:
@@ -83,6 +85,9 @@ METHODS: dict[str, tuple[Case, ...]] = {
     "reload": (Case("host", HOST),),
     "config.check": (Case("host", HOST),),
     "agents.list": (Case("list", READ_SESSIONS),),
+    "agents.show": (Case("one", READ_SESSIONS, _about(agent="agent")),),
+    # As root's, the file is not the daemon's to take away: the answer of whoever gets so far.
+    "agents.delete": (Case("one", OWN, _about(agent="agent"), status=DELETED),),
     "env.list": (Case("one", VIEW, _about(agent="agent")),),
     "env.set": (
         Case("one", WRITE, _with(_about(agent="agent"), values={"RED_VARIABLE": "eC12YWx1ZS14"})),
@@ -102,7 +107,7 @@ METHODS: dict[str, tuple[Case, ...]] = {
         Case("one", READ_SESSIONS, _about(id="live"), users=True),
         Case("one", READ_SESSIONS, _about(id="ended"), users=True),
         # An abbreviation of an id is no way around either.
-        Case("one", READ_SESSIONS, lambda made, names: {"id": names.live[:12]}, users=True),
+        Case("one", READ_SESSIONS, _about(id="short"), users=True),
     ),
     "session.wait": (Case("one", READ_SESSIONS, _about(id="ended"), users=True),),
     "session.logs": (Case("one", READ_SESSIONS, _about(id="ended"), users=True),),
@@ -120,7 +125,8 @@ METHODS: dict[str, tuple[Case, ...]] = {
         Case("one", RUN, lambda made, names: {"id": names.live, "path": made.unique()}, users=True),
     ),
     "session.diff": (Case("one", VIEW, _about(id="ended")),),
-    "session.apply": (Case("one", OPERATE, _about(id="ended"), ends="ended"),),
+    # While the live session runs nothing is landed below it; the answer is about the workspace.
+    "session.apply": (Case("one", OPERATE, _about(id="ended"), ends="ended", status=(409,)),),
     "session.discard": (Case("one", OPERATE, _about(id="ended"), ends="ended"),),
     "approvals.list": (Case("list", VIEW),),
     "approvals.watch": (Case("list", VIEW, first_line=True),),
@@ -146,6 +152,10 @@ METHODS: dict[str, tuple[Case, ...]] = {
     "tools.forget": (Case("host", HOST, lambda made, names: {"server": "kit-red"}),),
     "policy.explain": (
         Case("one", VIEW, _with(_about(agent="agent"), tool="plain-red", arguments={})),
+    ),
+    "policy.egress": (
+        Case("one", VIEW, _about(agent="agent")),
+        Case("one", VIEW, lambda made, names: {"agent": made.mine(names), "tool": names.tool}),
     ),
     "policy.outlook": (Case("list", VIEW),),
     "keys.list": (Case("list", OPERATE),),
@@ -175,9 +185,9 @@ METHODS: dict[str, tuple[Case, ...]] = {
     "keys.rotate": (Case("one", OWN, _about(key="key"), ends="key"),),
     "tokens.create": (
         Case("one", OPERATE, lambda made, names: {"agents": [names.agent]}),
-        Case("one", OPERATE, lambda made, names: {"team": names.team}, controls=("owner",)),
+        Case("one", OPERATE, _about(team="team"), controls=("owner",), outside=("stranger",)),
     ),
-    "tokens.revoke": (Case("own", OPERATE, lambda made, names: {"id": made.unique()}),),
+    "tokens.revoke": (Case("own", OPERATE, lambda made, names: {"id": f"tok_{made.fresh:024x}"}),),
     "tokens.rotate_key": (Case("host", HOST),),
     "tokens.jwks": (Case("own", READ_SESSIONS),),
     "audit.tail": (Case("list", VIEW, lambda made, names: {"n": 100_000}),),

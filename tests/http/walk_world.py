@@ -16,9 +16,9 @@ SCRIPT = "echo begun; while :; do sleep 0.2; done"
 
 _AGENTS = {
     # name: team, tools, workspace
-    "red-target": ("red", "[ask-red, plain-red, kit-red]", "{mode: overlay}"),
-    "red-beside": ("red", "[ask-beside]", "{mode: none}"),
-    "blue-agent": ("blue", "[ask-blue]", "{mode: none}"),
+    "red-target": ("ruby", "[ask-red, plain-red, kit-red]", "{mode: overlay}"),
+    "red-beside": ("ruby", "[ask-beside]", "{mode: none}"),
+    "blue-agent": ("sapphire", "[ask-blue]", "{mode: none}"),
 }
 
 
@@ -30,6 +30,8 @@ class Names:
     agent: str
     tool: str
     live: str
+    #: The beginning of the live session's id.
+    short: str
     ended: str
     call: str
     key: str
@@ -46,6 +48,7 @@ GHOST = Names(
     agent="no-target",
     tool="no-tool",
     live="s-0000000000000000",
+    short="s-00000000",
     ended="s-0000000000000001",
     call="c-0000000000000000",
     key="key_000000000000",
@@ -54,7 +57,7 @@ GHOST = Names(
 
 @dataclass
 class World:
-    """A running daemon with teams ``red``, whose ``red-target`` is walked around, and ``blue``."""
+    """A running daemon with teams ``ruby``, whose ``red-target`` is walked around, and ``sapphire``."""
 
     daemon: RealDaemon
     client: httpx2.Client
@@ -116,7 +119,7 @@ class World:
     def key(self) -> str:
         """A new key of the target's team."""
         label = f"label-of-{self.unique()}"
-        made = self.daemon.call("keys.create", team="red", role="viewer", label=label)
+        made = self.daemon.call("keys.create", team="ruby", role="viewer", label=label)
         id: str = made["key"]["id"]
         return id
 
@@ -149,10 +152,11 @@ def world() -> Iterator[World]:
             waiting.submit("tools.run", tool=tool, arguments={}, **place)
         until(lambda: all(_calls(daemon, agent) for agent in _AGENTS))
         made.real = Names(
-            team="red",
+            team="ruby",
             agent="red-target",
             tool="ask-red",
             live=live,
+            short=live[:10],
             ended=ended,
             call=_calls(daemon, "red-target")[0],
             key=made.ids["operator"],
@@ -168,8 +172,8 @@ def _configure(daemon: RealDaemon) -> None:
     daemon.write("sandboxd.yaml", """
         version: 1
         teams:
-          red: {name: Team of Red}
-          blue: {name: Team of Blue}
+          ruby: {name: Team of Red}
+          sapphire: {name: Team of Blue}
     """)  # fmt: skip
     daemon.http("listen: 127.0.0.1:0\nlimits: {requests: 100000, failures: 100000}")
     daemon.write(
@@ -196,13 +200,13 @@ def _configure(daemon: RealDaemon) -> None:
 def _credentials(made: World) -> None:
     """Keys of every role, one of them for another agent, one of another team; users' tokens."""
     keys: list[tuple[str, str, str, list[str] | None]] = [
-        ("owner", "red", "owner", None),
-        ("operator", "red", "operator", None),
-        ("developer", "red", "developer", ["red-target"]),
-        ("viewer", "red", "viewer", None),
-        ("beside", "red", "operator", ["red-beside"]),
-        ("developer beside", "red", "developer", ["red-beside"]),
-        ("stranger", "blue", "owner", None),
+        ("owner", "ruby", "owner", None),
+        ("operator", "ruby", "operator", None),
+        ("developer", "ruby", "developer", ["red-target"]),
+        ("viewer", "ruby", "viewer", None),
+        ("beside", "ruby", "operator", ["red-beside"]),
+        ("developer beside", "ruby", "developer", ["red-beside"]),
+        ("stranger", "sapphire", "owner", None),
     ]
     for who, team, role, agents in keys:
         scope = {} if agents is None else {"agents": agents}
