@@ -13,6 +13,7 @@ from sandboxd import __version__
 from sandboxd.admin.agent_methods import AgentMethods
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
+from sandboxd.admin.dashboard_methods import DashboardMethods
 from sandboxd.admin.exec_methods import ExecMethods
 from sandboxd.admin.file_methods import FileMethods
 from sandboxd.admin.key_methods import KeyMethods
@@ -49,6 +50,7 @@ class Methods:
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
             **KeyMethods(self._daemon).table(),
+            **DashboardMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,

@@ -31,9 +31,7 @@ __all__ = ["NEEDS", "Need", "Scope"]
 #: ``host``      everything: no team's principal may
 #:
 #: A parameter ``team``, whatever the method, may name no other than the caller's own.
-Scope = Literal[
-    "agent", "agent?", "session", "live", "place", "approval", "team", "own", "host"
-]
+Scope = Literal["agent", "agent?", "session", "live", "place", "approval", "team", "own", "host"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "env.list": Need("env.read", "agent"),
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),
+        "env.revoke": Need("env.write", "agent"),
         "session.start": Need("sessions.run", "agent"),
         "session.run": Need("sessions.run", "agent"),
         "session.list": Need("sessions.read", "own"),
@@ -108,6 +107,9 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tokens.rotate_key": Need("host", "host"),
         "tokens.jwks": Need("agents.read", "own"),
         "audit.tail": Need("audit.read", "own"),
+        "audit.state": Need("audit.read", "own"),
+        "dashboard.link": Need("agents.read", "own"),
+        "dashboard.end": Need("agents.read", "own"),
         # One chain holds every team's records, and it is whole or it isn't.
         "audit.verify": Need("host", "host"),
     }

@@ -13,7 +13,7 @@ import trio
 
 from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.errors import Conflict, Invalid, SandboxdError
+from sandboxd.errors import Conflict, Invalid, NotFound, SandboxdError
 from sandboxd.maskable import review
 from sandboxd.names import agent_slug, shown, variable_name
 from sandboxd.policy import DEFAULT_TEAM
@@ -27,7 +27,7 @@ __all__ = ["VariableMethods"]
 
 
 class VariableMethods:
-    """``env.list``, ``env.set`` and ``env.remove``."""
+    """``env.list``, ``env.set``, ``env.remove`` and ``env.revoke``."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -37,6 +37,7 @@ class VariableMethods:
             "env.list": self.list_,
             "env.set": self.set_,
             "env.remove": self.remove,
+            "env.revoke": self.revoke,
         }
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
@@ -55,6 +56,7 @@ class VariableMethods:
                         "last_used_at": iso(v.last_used_at),
                         "fingerprint": v.fingerprint,
                         "size": v.size,
+                        "held_by": self._holding(team, agent, {v.name: v.version - 1}),
                     }
                     for v in variables
                 ],
@@ -122,6 +124,30 @@ class VariableMethods:
                 "team": team,
                 "versions": versions,
                 "live_sessions": self._holding(team, agent, versions),
+                "cancelled_calls": cancelled,
+            }
+        )
+
+    async def revoke(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Take every version but the newest from live sessions: what ``set`` with ``now`` does."""
+        team, agent = await self._place(params, known=True)
+        names = [variable_name(name) for name in strings(params, "names")]
+        newest = {v.name: v.version for v in await thread(self._daemon.vault.of(team).list, agent)}
+        if absent := [name for name in names if name not in newest]:
+            raise NotFound(
+                f"{agent} has no variable {shown(absent[0])}",
+                hint=f"see: sandboxctl env list {agent}",
+            )
+        older = {name: newest[name] - 1 for name in names}
+        lost = self._holding(team, agent, older)
+        with trio.CancelScope(shield=True):
+            cancelled = await self._revoke(caller, team, agent, older)
+        return Reply(
+            {
+                "agent": agent,
+                "team": team,
+                "versions": older,
+                "sessions": lost,
                 "cancelled_calls": cancelled,
             }
         )

@@ -133,6 +133,14 @@ class Calls:
             for live in self._live.values()
         )
 
+    def in_flight(self, session_id: str) -> list[dict[str, Any]]:
+        """The calls of a session that are alive, the oldest first: which tool, and what of it."""
+        return [
+            {"call": live.id, "tool": live.tool, "waiting": live.asking}
+            for live in self._live.values()
+            if live.session.id == session_id
+        ]
+
     async def call(
         self,
         session: Session,

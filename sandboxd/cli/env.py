@@ -15,7 +15,7 @@ from sandboxd.cli.reading import read_input
 from sandboxd.errors import ConfigError, Invalid, Unavailable
 
 if TYPE_CHECKING:
-    from sandboxd.cli.dotenv import Entry
+    from sandboxd.dotenv import Entry
 
 __all__ = ["add", "ask", "checked_name", "read_entries"]
 
@@ -106,6 +106,19 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser = _with_agent(
         command(
             nouns,
+            "revoke",
+            revoke,
+            help="take replaced values from live sessions",
+            description="Take every version of these variables but the newest from live sessions, "
+            "and end the tool calls that hold one: what set --now would have done at once.",
+            examples=[("sandboxctl env revoke reporter API_TOKEN", "after env set without --now")],
+        )
+    )
+    parser.add_argument("names", metavar="NAME", nargs="+", help="the variable")
+    parser.lookups["names"] = "variables"
+    parser = _with_agent(
+        command(
+            nouns,
             "import",
             import_,
             help="set variables from a .env file",
@@ -172,6 +185,18 @@ def remove(args: argparse.Namespace) -> int:
     return 0
 
 
+def revoke(args: argparse.Namespace) -> int:
+    with connect(args) as daemon:
+        got = daemon.call("env.revoke", agent=args.agent, names=args.names)
+    if args.json:
+        output.print_json(got)
+        return 0
+    sessions, calls = len(got["sessions"]), got["cancelled_calls"]
+    lost = "none" if not sessions else output.amount(sessions, "live session")
+    print(f"older values are revoked: {lost} had one; {output.amount(calls, 'tool call')} ended")
+    return 0
+
+
 def import_(args: argparse.Namespace) -> int:
     entries = read_entries(args.file, otherwise="nothing was set")
     if not args.dry_run:
@@ -217,7 +242,7 @@ def read_entries(path: str, *, otherwise: str) -> list[Entry]:
 
     Raises Invalid with every mistake and its line; ``otherwise`` is what that means.
     """
-    from sandboxd.cli import dotenv
+    from sandboxd import dotenv
 
     shown = "standard input" if path == "-" else path
     entries, problems = dotenv.parse(read_input(path, shown))

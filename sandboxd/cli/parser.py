@@ -24,6 +24,7 @@ NOUNS: dict[str, tuple[str, str]] = {
     "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
     "keys": ("keys", "API keys, for who comes in over HTTP: make, list, rotate, deactivate"),
     "tokens": ("tokens", "short-lived tokens for an application's users: make, revoke"),
+    "dashboard": ("dashboard", "a link that signs a browser in to the dashboard"),
     "audit": ("audit", "read and verify the audit log"),
     "config": ("config", "check the configuration, print its schemas"),
     "reload": ("status", "apply a changed configuration"),

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from sandboxd import __version__
 from sandboxd.errors import SandboxdError
-from sandboxd.http import mcp, routes_operator, routes_platform, routes_sdk
+from sandboxd.http import dashboard, mcp, routes_operator, routes_platform, routes_sdk
 from sandboxd.http.attended import ClientLeft
 from sandboxd.http.errors import Refusal, answer, refusal_of
 from sandboxd.http.guard import Guard
@@ -26,6 +26,7 @@ ROUTERS = (
     routes_platform,
     routes_operator,
     mcp,
+    dashboard,
 )
 
 _TITLE = "sandboxd"

@@ -355,8 +355,9 @@ class _Exchange:
         out = b""
         if self.h11.our_state is h11.SEND_RESPONSE:
             headers = [(bytes(n), bytes(v)) for n, v in self.start.get("headers", ())]
-            # A body that nobody read ends the connection: the client must not send another request.
-            if self.connection.server.stopping or self.h11.their_state is not h11.DONE:
+            # A body that nobody read stands before the next request: there is none on this one.
+            unread = self.h11.their_state is h11.SEND_BODY
+            if unread or self.connection.server.stopping:
                 headers.append((b"connection", b"close"))
             response = h11.Response(status_code=self.start["status"], headers=headers)
             out = self.h11.send(response) or b""

@@ -46,6 +46,14 @@ def test_a_page_of_another_origin_is_refused(client: httpx2.Client, origin: str)
     assert (got.status_code, got.json()["error"]) == (403, "cross_origin")
 
 
+def test_a_refusal_before_the_body_was_read_says_that_the_connection_ends(
+    client: httpx2.Client,
+) -> None:
+    refused = client.post("/healthz", content=b"x" * 100, headers={"origin": "null"})
+    assert (refused.status_code, refused.headers["connection"]) == (403, "close")
+    assert "connection" not in client.get("/healthz").headers
+
+
 def test_our_own_pages_are_answered(daemon: RealDaemon, client: httpx2.Client) -> None:
     assert client.get("/healthz", headers={"origin": daemon.url}).status_code == 200
 
