@@ -128,18 +128,15 @@ class Calls:
 
     def running(self, session_id: str | None = None) -> int:
         """How many calls are alive, of one session or of all."""
-        return sum(
-            session_id in (None, live.session.id) and not live.asking
-            for live in self._live.values()
-        )
+        return sum(not live.asking for live in self._alive(session_id))
 
-    def in_flight(self, session_id: str) -> list[dict[str, Any]]:
-        """The calls of a session that are alive, the oldest first: which tool, and what of it."""
-        return [
-            {"call": live.id, "tool": live.tool, "waiting": live.asking}
-            for live in self._live.values()
-            if live.session.id == session_id
-        ]
+    def in_flight(self, session_id: str) -> list[JSON]:
+        """The calls of a session that are alive, the oldest first."""
+        alive = self._alive(session_id)
+        return [{"call": one.id, "tool": one.tool, "waiting": one.asking} for one in alive]
+
+    def _alive(self, session_id: str | None) -> list[_Live]:
+        return [one for one in self._live.values() if session_id in (None, one.session.id)]
 
     async def call(
         self,
@@ -189,10 +186,7 @@ class Calls:
 
     async def cancel_session(self, session_id: str) -> int:
         """End every call of a session; how many there were. Returns when their trees are dead."""
-        return await self._cancel(
-            [live for live in self._live.values() if live.session.id == session_id],
-            "the session was stopped",
-        )
+        return await self._cancel(self._alive(session_id), "the session was stopped")
 
     async def end_session(self, session_id: str) -> None:
         """End what is kept ready for the calls of a session. It makes no more of them."""
