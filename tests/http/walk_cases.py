@@ -36,13 +36,13 @@ class Case:
     #: Below what each user's token sees its own alone.
     users: bool = False
     #: Doing it ends what it is about: which of the names is made anew for it, and done once.
-    ends: Literal["", "live", "ended", "call", "key"] = ""
+    ends: Literal["", "live", "ended", "call", "key", "agent", "file", "variable"] = ""
     #: The answer is a stream without an end.
     first_line: bool = False
     #: What the right key gets.
     status: tuple[int, ...] = (200,)
-    method: str = "POST"
-    path: Callable[[World, Names], str] = lambda made, names: ""
+    #: What outsiders get where the case is about one thing.
+    gone: tuple[int, ...] = (404,)
     #: Which keys are tried as controls; all that are allowed where none is named.
     controls: tuple[str, ...] = ()
     #: Who is outside; all that aren't of the target's team and agent where none is named.
@@ -58,25 +58,13 @@ def _with(base: Callable[[World, Names], Any], **more: Any) -> Callable[[World, 
     return lambda made, names: {**base(made, names), **more}
 
 
-def _file(made: World) -> str:
-    """A new file in the live session's workspace."""
-    name = made.unique()
-    made.daemon.call(
-        "session.files.write", id=made.real.live, files=[{"path": name, "content": "x"}]
-    )
-    return name
-
-
 def _in_live(**more: Any) -> Case:
     return Case("one", RUN, _with(_about(id="live"), **more), users=True)
 
 
-def _on_file(key: str = "path", **more: Callable[[World], Any]) -> Case:
-    def body(made: World, names: Names) -> Any:
-        rest = {name: value(made) for name, value in more.items()}
-        return {"id": names.live, key: _file(made), **rest}
-
-    return Case("one", RUN, body, users=True)
+def _on_file(key: str = "path", ends: bool = False, **more: Any) -> Case:
+    body = _with(_about(**{"id": "live", key: "file"}), **more)
+    return Case("one", RUN, body, users=True, ends="file" if ends else "")
 
 
 #: Every admin method, called at ``/api/v1/operator``.
@@ -86,18 +74,20 @@ METHODS: dict[str, tuple[Case, ...]] = {
     "config.check": (Case("host", HOST),),
     "agents.list": (Case("list", READ_SESSIONS),),
     "agents.show": (Case("one", READ_SESSIONS, _about(agent="agent")),),
-    # As root's, the file is not the daemon's to take away: the answer of whoever gets so far.
-    "agents.delete": (Case("one", OWN, _about(agent="agent"), status=DELETED),),
+    "agents.delete": (Case("one", OWN, _about(agent="agent"), ends="agent"),),
     "env.list": (Case("one", VIEW, _about(agent="agent")),),
     "env.set": (
         Case("one", WRITE, _with(_about(agent="agent"), values={"RED_VARIABLE": "eC12YWx1ZS14"})),
+    ),
+    "env.revoke": (
+        Case("one", WRITE, _with(_about(agent="agent"), names=["RED_VARIABLE"]), ends="variable"),
     ),
     "env.remove": (
         Case(
             "one",
             WRITE,
-            _with(_about(agent="agent"), names=["RED_VARIABLE"]),
-            controls=("owner",),
+            lambda made, names: {"agent": names.agent, "names": [names.variable]},
+            ends="variable",
         ),
     ),
     "session.start": (Case("one", RUN, _about(agent="agent")),),
@@ -119,8 +109,8 @@ METHODS: dict[str, tuple[Case, ...]] = {
     "session.files.read": (_on_file(),),
     "session.files.info": (_on_file(),),
     "session.files.exists": (_on_file(),),
-    "session.files.remove": (_on_file(),),
-    "session.files.rename": (_on_file("old", new=lambda made: made.unique()),),
+    "session.files.remove": (_on_file(ends=True),),
+    "session.files.rename": (_on_file("old", ends=True, new="renamed"),),
     "session.files.mkdir": (
         Case("one", RUN, lambda made, names: {"id": names.live, "path": made.unique()}, users=True),
     ),
@@ -155,7 +145,7 @@ METHODS: dict[str, tuple[Case, ...]] = {
     ),
     "policy.egress": (
         Case("one", VIEW, _about(agent="agent")),
-        Case("one", VIEW, lambda made, names: {"agent": made.mine(names), "tool": names.tool}),
+        Case("one", VIEW, _about(agent="agent", tool="tool")),
     ),
     "policy.outlook": (Case("list", VIEW),),
     "keys.list": (Case("list", OPERATE),),
@@ -191,5 +181,8 @@ METHODS: dict[str, tuple[Case, ...]] = {
     "tokens.rotate_key": (Case("host", HOST),),
     "tokens.jwks": (Case("own", READ_SESSIONS),),
     "audit.tail": (Case("list", VIEW, lambda made, names: {"n": 100_000}),),
+    "audit.state": (Case("own", VIEW),),
     "audit.verify": (Case("host", HOST),),
+    "dashboard.link": (Case("own", VIEW),),
+    "dashboard.end": (Case("own", VIEW),),
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +38,8 @@ class Names:
     ended: str
     call: str
     key: str
+    file: str
+    variable: str
 
     def in_place_of(self, other: Names, text: str) -> str:
         """``text`` with the other's names replaced by these."""
@@ -52,12 +57,20 @@ GHOST = Names(
     ended="s-0000000000000001",
     call="c-0000000000000000",
     key="key_000000000000",
+    file="no-file",
+    variable="NO_VARIABLE",
 )
 
 
 @dataclass
+class _Page:
+    client: httpx2.Client
+    csrf: str
+
+
+@dataclass
 class World:
-    """A running daemon with teams ``ruby``, whose ``red-target`` is walked around, and ``sapphire``."""
+    """A running daemon with teams ``ruby``, whose ``red-target`` is walked, and ``sapphire``."""
 
     daemon: RealDaemon
     client: httpx2.Client
@@ -65,21 +78,56 @@ class World:
     bearers: dict[str, str] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
     real: Names = GHOST
-    #: Texts that tell of the target or its team.
+    #: Texts that tell of the target, and of its team.
     marks: list[str] = field(default_factory=list)
+    team_marks: tuple[str, ...] = ("Team of Red", '"ruby"')
     fresh: int = 0
+    pages: dict[str, _Page] = field(default_factory=dict)
     left: ExitStack = field(default_factory=ExitStack)
 
     def ask(
-        self, who: str, method: str, path: str, *, body: Any = None, first_line: bool = False
+        self,
+        who: str,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        first_line: bool = False,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, str]:
         """Status and text of one answer; of a stream that doesn't end its ``first_line``."""
-        headers = {"authorization": f"Bearer {self.bearers[who]}"} if self.bearers[who] else {}
+        bearer = self.bearers[who]
+        sent = {**(headers or {}), **({"authorization": f"Bearer {bearer}"} if bearer else {})}
         if not first_line:
-            got = self.client.request(method, path, json=body, headers=headers)
+            got = self.client.request(method, path, json=body, headers=sent)
             return got.status_code, got.text
-        with self.client.stream(method, path, json=body, headers=headers) as streamed:
+        with self.client.stream(method, path, json=body, headers=sent) as streamed:
             return streamed.status_code, next((line for line in streamed.iter_lines() if line), "")
+
+    def visit(self, who: str, method: str, path: str, form: Mapping[str, str]) -> tuple[int, str]:
+        """One request of a page of the dashboard, with the cookie of who signed in with a key."""
+        page = self.pages.get(who) or self._signed_in(who)
+        if "previewed" in form:
+            key = page.csrf.encode()
+            digest = hashlib.blake2b(form["text"].encode(), key=key, digest_size=32).hexdigest()
+            form = {**form, "previewed": digest}
+        got = page.client.request(
+            method,
+            path,
+            data={**form, "csrf": page.csrf} if method == "POST" else None,
+            headers={"origin": self.daemon.url},
+        )
+        if got.status_code == 303:
+            page.client.get("/tools")  # shows what came of it, so that the next page doesn't
+        return got.status_code, got.text + got.headers.get("location", "")
+
+    def _signed_in(self, who: str) -> _Page:
+        client = self.left.enter_context(httpx2.Client(base_url=self.daemon.url, timeout=60))
+        form = {"key": self.bearers[who]}
+        client.post("/sign-in", data=form, headers={"origin": self.daemon.url})
+        found = re.search(r'<meta name="csrf" content="([^"]+)">', client.get("/tools").text)
+        self.pages[who] = _Page(client, found[1] if found else "")
+        return self.pages[who]
 
     def operate(self, who: str, method: str, params: Any, **options: Any) -> tuple[int, str]:
         """One admin method over HTTP."""
@@ -102,6 +150,17 @@ class World:
         self.daemon.call("session.stop", id=id, grace=0)
         return id
 
+    def file(self, name: str = "") -> str:
+        """A file in the live session's workspace."""
+        name = name or self.unique()
+        files = [{"path": name, "content": "kept by the walk"}]
+        self.daemon.call("session.files.write", id=self.real.live, files=files)
+        return name
+
+    def variable(self) -> str:
+        self.daemon.set("red-target", RED_VARIABLE="a-value-of-the-walk")
+        return "RED_VARIABLE"
+
     def question(self) -> str:
         """A call of the target that waits for an operator."""
         waiting = self.left.enter_context(self.daemon.client())
@@ -123,9 +182,28 @@ class World:
         id: str = made["key"]["id"]
         return id
 
+    def agent(self) -> str:
+        """A new agent of the target's team, whose file is the daemon's own."""
+        slug = f"red-target-{self.unique()}"
+        _write_agent(self.daemon, slug, "ruby", "[]", "{mode: none}")
+        folder = self.daemon.paths.config / "agents"
+        owner = self.daemon.paths.state.stat().st_uid
+        for path in (folder, folder / f"{slug}.yaml"):
+            os.chown(path, owner, -1)
+        self.daemon.call("reload")
+        return slug
+
     def anew(self, which: str) -> Names:
         """The target's names, with this one made for what ends it."""
-        make = {"live": self.session, "ended": self.ended, "call": self.question, "key": self.key}
+        make = {
+            "live": self.session,
+            "ended": self.ended,
+            "call": self.question,
+            "key": self.key,
+            "agent": self.agent,
+            "file": self.file,
+            "variable": self.variable,
+        }
         return replace(self.real, **{which: make[which]()}) if which else self.real
 
     def unique(self) -> str:
@@ -141,7 +219,7 @@ def world() -> Iterator[World]:
         client = left.enter_context(httpx2.Client(base_url=daemon.url, timeout=60))
         made = World(daemon, client, left=left)
         _credentials(made)
-        daemon.set("red-target", RED_VARIABLE="a-value-of-the-walk")
+        made.variable()
         live, ended = made.session(), made.ended()
         for tool, place in (
             ("ask-red", {"session": live}),
@@ -160,9 +238,12 @@ def world() -> Iterator[World]:
             ended=ended,
             call=_calls(daemon, "red-target")[0],
             key=made.ids["operator"],
+            file="kept-by-red",
+            variable="RED_VARIABLE",
         )
+        made.file(made.real.file)
         made.marks += [
-            *("red-target", "RED_VARIABLE", "ask-red", "plain-red", "kit-red", "Team of Red"),
+            *("red-target", "RED_VARIABLE", "ask-red", "plain-red", "kit-red"),
             *(made.real.call, made.real.key, "label-of-operator"),
         ]
         yield made
@@ -182,9 +263,7 @@ def _configure(daemon: RealDaemon) -> None:
         "rules: [{ask: 'ask-*', reason: it costs}, {allow: '*'}]\n",
     )
     for slug, (team, tools, workspace) in _AGENTS.items():
-        daemon.agent(
-            slug, SCRIPT, team=team, tools=tools, workspace=workspace, policy="asking"
-        )  # fmt: skip
+        _write_agent(daemon, slug, team, tools, workspace)
     none = "argv: []\ninput: {type: object, additionalProperties: false}\n"
     for tool in ("ask-red", "ask-beside", "ask-blue", "plain-red"):
         daemon.tool(tool, "#!/bin/sh\necho ran\n", none)
@@ -195,6 +274,10 @@ def _configure(daemon: RealDaemon) -> None:
         "version: 1\nkind: mcp\nname: kit-red\ndescription: a server\nprogram: program\n"
         "lifetime: session\n",
     )
+
+
+def _write_agent(daemon: RealDaemon, slug: str, team: str, tools: str, workspace: str) -> None:
+    daemon.agent(slug, SCRIPT, team=team, tools=tools, workspace=workspace, policy="asking")
 
 
 def _credentials(made: World) -> None:
