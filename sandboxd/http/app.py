@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from sandboxd import __version__
 from sandboxd.errors import SandboxdError
@@ -106,7 +107,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return answer(request.url.path, Refusal(400, "invalid_json", "the body is not valid JSON"))
     found = "; ".join(
         f"{'.'.join(str(step) for step in problem['loc'][1:]) or problem['loc'][0]}: "
-        f"{problem['msg']}"
+        f"{problem['msg'].removeprefix('Value error, ')}"
         for problem in problems[:5]
     )
     return answer(request.url.path, Refusal(400, "validation_error", found))
@@ -127,10 +128,24 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     codes = {404: "not_found", 405: "method_not_allowed"}
     messages = {404: "no such route", 405: "this route does not take this method"}
     status = error.status_code
+    headers = dict(error.headers or {})
+    if status == 405:
+        headers = {"allow": ", ".join(_methods_of(request))}
     refusal = Refusal(
         status,
         codes.get(status, "bad_request" if status < 500 else "internal"),
         messages.get(status, "the request could not be read"),
-        error.headers,
+        headers,
     )
     return answer(request.url.path, refusal)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All methods that some route of this path takes; Starlette names the first route's alone."""
+    asked = {"type": "http", "path": request.scope["path"], "root_path": ""}
+    routes = request.app.routes
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in routes)
+    ]

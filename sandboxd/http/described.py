@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import Path
 from pydantic import BaseModel, Field
 
-__all__ = ["ERRORS", "PLATFORM_ERRORS"]
+__all__ = ["AGENT", "ERRORS", "NAMES", "PLATFORM_ERRORS", "SLUG", "VARIABLE"]
+
+_AGENT_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+_VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
+
+# Patterns are described here and enforced by the methods, whose refusals say the rule in words.
+
+#: The field ``agent`` of a body, and the parameter ``slug`` of a path.
+AGENT: Any = Field(
+    max_length=100, examples=["worker"], json_schema_extra={"pattern": _AGENT_PATTERN}
+)
+SLUG = Path(examples=["worker"], json_schema_extra={"pattern": _AGENT_PATTERN, "maxLength": 100})
+
+#: The name of one variable, and a mapping whose keys are such names.
+VARIABLE: Any = Field(max_length=1000, json_schema_extra={"pattern": _VARIABLE_PATTERN})
+NAMES: dict[str, Any] = {"propertyNames": {"pattern": _VARIABLE_PATTERN}}
 
 
 class ErrorDetail(BaseModel):

@@ -16,7 +16,7 @@ from sandboxd.access.roles import Principal
 from sandboxd.admin.perform import perform, stream
 from sandboxd.errors import Invalid, NotFound
 from sandboxd.http import sandboxes
-from sandboxd.http.described import PLATFORM_ERRORS
+from sandboxd.http.described import NAMES, PLATFORM_ERRORS, SLUG, VARIABLE
 from sandboxd.http.guard import Caller
 from sandboxd.names import variable_name
 from sandboxd.policy.values import Slug
@@ -28,23 +28,26 @@ __all__ = ["router"]
 MAX_OUTPUT = 256 * 1024
 
 
+_Slug = Annotated[str, SLUG]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Variable(_Strict):
-    key: str = Field(max_length=1000)
+    key: str = VARIABLE
     value: str
     now: bool = Field(False, description="take the older value from live sessions, too")
 
 
 class Variables(_Strict):
-    variables: dict[str, str] = Field(min_length=1, max_length=256)
+    variables: dict[str, str] = Field(min_length=1, max_length=256, json_schema_extra=NAMES)
     now: bool = False
 
 
 class Removal(_Strict):
-    key: str = Field(max_length=1000)
+    key: str = VARIABLE
     now: bool = Field(False, description="take it from live sessions, too")
 
 
@@ -159,11 +162,11 @@ def _add_agents(routes: APIRouter, daemon: Daemon) -> None:
         return Agents(agents=[await _agent(daemon, caller, row["slug"]) for row in rows])
 
     @routes.get("/agents/{slug}", tags=["agents"], summary="One agent")
-    async def agent(caller: Caller, slug: str) -> AgentDetail:
+    async def agent(caller: Caller, slug: _Slug) -> AgentDetail:
         return await _agent(daemon, caller, slug)
 
     @routes.delete("/agents/{slug}", tags=["agents"], summary="Delete an agent")
-    async def delete(caller: Caller, slug: str) -> Message:
+    async def delete(caller: Caller, slug: _Slug) -> Message:
         done = await perform(daemon, caller, "agents.delete", {"agent": slug})
         sessions, variables = len(done["ended_sessions"]), len(done["removed_variables"])
         return Message(
@@ -186,7 +189,7 @@ async def _agent(daemon: Daemon, caller: Principal, slug: str) -> AgentDetail:
         createdAt=row["changed_at"],
         policy=row["policy"],
         tools=row["tools"],
-        sessions=row["sessions"],
+        sessions=len(row["sessions"]),
     )
 
 
@@ -202,13 +205,13 @@ def _add_variables(routes: APIRouter, daemon: Daemon) -> None:
         return list(done["warnings"])
 
     @routes.get("/agents/{slug}/env", tags=["variables"], summary="Names of the variables")
-    async def names(caller: Caller, slug: str) -> Names:
+    async def names(caller: Caller, slug: _Slug) -> Names:
         got = await perform(daemon, caller, "env.list", {"agent": slug})
         return Names(keys=sorted(row["name"] for row in got["variables"]))
 
     @routes.put("/agents/{slug}/env", tags=["variables"], summary="Set a variable, or several")
     async def set_(
-        caller: Caller, slug: str, body: Annotated[Variable | Variables, Body()]
+        caller: Caller, slug: _Slug, body: Annotated[Variable | Variables, Body()]
     ) -> Success | SuccessAll:
         """``{"key", "value"}``, or ``{"variables": {...}}``: all of them or none."""
         when = "in force now" if body.now else "takes effect in the next session"
@@ -222,7 +225,7 @@ def _add_variables(routes: APIRouter, daemon: Daemon) -> None:
         return SuccessAll(success=True, keys=keys, message=when, warnings=warnings)
 
     @routes.delete("/agents/{slug}/env", tags=["variables"], summary="Remove a variable")
-    async def remove(caller: Caller, slug: str, body: Annotated[Removal, Body()]) -> Success:
+    async def remove(caller: Caller, slug: _Slug, body: Annotated[Removal, Body()]) -> Success:
         params = {"agent": slug, "names": [body.key], "now": body.now}
         done = await perform(daemon, caller, "env.remove", params)
         live = len(done["live_sessions"])
@@ -236,7 +239,7 @@ def _add_logs(routes: APIRouter, daemon: Daemon) -> None:
     @routes.get("/agents/{slug}/logs", tags=["logs"], summary="Sessions of an agent, newest first")
     async def logs(
         caller: Caller,
-        slug: str,
+        slug: _Slug,
         status: Annotated[str | None, Query(max_length=20)] = None,
         search: Annotated[str | None, Query(max_length=200)] = None,
         createdAfter: Annotated[str | None, Query(max_length=40)] = None,
@@ -270,7 +273,7 @@ def _add_logs(routes: APIRouter, daemon: Daemon) -> None:
         return Logs(sandboxes=page, nextCursor=_cursor(page[-1]) if more else None)
 
     @routes.get("/agents/{slug}/logs/{id}", tags=["logs"], summary="One session and its output")
-    async def log(caller: Caller, slug: str, id: str) -> LogDetail:
+    async def log(caller: Caller, slug: _Slug, id: str) -> LogDetail:
         row = await perform(daemon, caller, "session.show", {"id": id})
         if row["agent"] != slug:
             raise NotFound(f"agent {slug} has no such session")

@@ -5,17 +5,18 @@ A sandbox is a session: creating one starts the agent in the background, deletin
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sandboxd.access.roles import Principal
 from sandboxd.admin.perform import perform
 from sandboxd.errors import NotFound
 from sandboxd.http import sandboxes
 from sandboxd.http.attended import attended
-from sandboxd.http.described import ERRORS
+from sandboxd.http.described import AGENT, ERRORS, NAMES
 from sandboxd.http.errors import Refusal
 from sandboxd.http.guard import Caller
 from sandboxd.running import Daemon
@@ -24,6 +25,15 @@ __all__ = ["router"]
 
 _Milliseconds = Annotated[int, Field(gt=0, le=86_400_000)]
 _Path = Annotated[str, Query(max_length=4096, description="relative to /workspace, or below it")]
+
+
+_LIFETIME = re.compile(r"^0*[1-9][0-9]{0,8}(s|m|h|d)$")
+
+
+def _lifetime(text: str) -> str:
+    if not _LIFETIME.fullmatch(text):
+        raise ValueError("use a number above 0 and s, m, h or d: 30s, 15m, 1h (24h at most)")
+    return text
 
 
 class _Strict(BaseModel):
@@ -35,7 +45,11 @@ class _Strict(BaseModel):
 class NewToken(_Strict):
     agents: list[str] | None = Field(None, min_length=1, max_length=100)
     userId: str | None = Field(None, min_length=1, max_length=200)
-    expiresIn: str = Field("1h", description="30s, 15m, 1h or 1d; a day at most")
+    expiresIn: Annotated[str, AfterValidator(_lifetime)] = Field(
+        "1h",
+        description="30s, 15m, 1h or 1d; a day at most, whatever is asked",
+        json_schema_extra={"pattern": _LIFETIME.pattern},
+    )
 
 
 class Token(BaseModel):
@@ -44,9 +58,9 @@ class Token(BaseModel):
 
 
 class NewSandbox(_Strict):
-    agent: str = Field(max_length=100)
+    agent: str = AGENT
     files: dict[str, str] | None = Field(None, max_length=256)
-    envs: dict[str, str] | None = Field(None, max_length=256)
+    envs: dict[str, str] | None = Field(None, max_length=256, json_schema_extra=NAMES)
     setup: list[str] | None = Field(None, max_length=32)
     timeoutMs: _Milliseconds | None = Field(None, description="it is stopped after this time")
     networkAllowOut: list[str] | None = Field(None, max_length=256)
@@ -75,7 +89,7 @@ class SandboxDetail(Sandbox):
 class Command(_Strict):
     command: str = Field(min_length=1, max_length=131_072)
     cwd: str | None = Field(None, min_length=1, max_length=4096)
-    envs: dict[str, str] | None = Field(None, max_length=256)
+    envs: dict[str, str] | None = Field(None, max_length=256, json_schema_extra=NAMES)
     timeoutMs: Annotated[int, Field(gt=0, le=int(sandboxes.MAX_TIMEOUT * 1000))] | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import signal
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ import trio
 from sandboxd.access.roles import Principal
 from sandboxd.admin.perform import perform
 from sandboxd.admin.reach import agents_of
-from sandboxd.errors import Denied, Invalid, NotFound
+from sandboxd.errors import Denied, Invalid, KernelError, NotFound
 from sandboxd.http.errors import Refusal
 from sandboxd.names import shown
 from sandboxd.policy.decide import session_terms
@@ -146,7 +147,14 @@ async def execute(
         params["cwd"] = cwd
     if environment:
         params["environment"] = dict(environment)
-    done = await perform(daemon, principal, "session.exec", params)
+    try:
+        done = await perform(daemon, principal, "session.exec", params)
+    except KernelError as failure:
+        if failure.errno == errno.E2BIG:
+            raise Invalid("the command and its variables are too long for a program") from None
+        if failure.syscall != "chdir":
+            raise
+        raise Invalid(f"cwd {shown(cwd or '')} is no directory in the sandbox") from None
     code, number = done["exit_code"], done["signal"]
     if code is None:
         code = 128 + number if number is not None else 1  # as shells tell it

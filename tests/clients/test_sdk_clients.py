@@ -77,6 +77,7 @@ def test_the_node_sdk_works(serving: RealDaemon, sdk: str) -> None:
     assert saw["token"]["token"].count(".") == 2
     assert saw["user"] == "running"
     assert saw["after"]["status"] == "stopped"
+    assert saw["capped"]["token"].count(".") == 2
     assert_told(saw["errors"])
 
 
@@ -89,11 +90,10 @@ def assert_told(errors: dict[str, str]) -> None:
         "foreign": "no agent 'foreign'",
         "sandbox": "no session 's-0000000000000000'",
         "file": "does not exist",
-        "outside": "workspace",
+        "outside": "a path has neither",
         "setup": "setup command 1 ended with status 3",
         "network": "no network",
         "expires": "expiresIn",
-        "tooLong": "24h",
         "mint": "tokens.create",
         "scope": "no agent 'second'",
         "others": "no session",

@@ -80,6 +80,11 @@ def test_commands_run_in_the_agents_own_sandbox(client: httpx2.Client, sandbox: 
     assert (done["exitCode"], done["stdout"], done["stderr"]) == (7, "x in /workspace\n", "oops\n")
     assert "sleep 86000" in run("cat /proc/*/cmdline | tr '\\0' ' '")["stdout"]  # the agent
     assert run("kill -9 $$")["exitCode"] == 137
+    for cwd in ("/none", "none", "/etc/passwd", "x" * 300):
+        got = client.post(f"/v1/sandboxes/{sandbox}/exec", json={"command": "true", "cwd": cwd})
+        assert got.status_code == 400, cwd
+    long = {"command": "true", "envs": {"X": "x" * 200_000}}
+    assert client.post(f"/v1/sandboxes/{sandbox}/exec", json=long).status_code == 400
     late = run("sleep 60", timeoutMs=200)
     assert (late["exitCode"], late["timedOut"]) == (124, True)
 
@@ -248,6 +253,12 @@ def test_the_keys_that_verify_tokens_are_published(client: httpx2.Client) -> Non
 def test_what_is_not_offered_says_what_to_do(client: httpx2.Client, sandbox: str) -> None:
     got = client.post(f"/v1/sandboxes/{sandbox}/threads", json={"name": "x"})
     refused(got, 501, "not_offered", "no threads")
+
+
+def test_a_wrong_method_is_told_the_right_ones(client: httpx2.Client) -> None:
+    got = client.patch("/v1/sandboxes/s-0/files")
+    refused(got, 405, "method_not_allowed", "does not take this method")
+    assert got.headers["allow"] == "DELETE, GET, POST"
 
 
 def test_bodies_that_are_no_json_are_told_apart(client: httpx2.Client) -> None:
