@@ -75,7 +75,7 @@ class Methods:
                 {
                     "version": __version__,
                     "started_at": iso(daemon.started_at),
-                    "name": principal.name,
+                    "name": principal.own_name,
                     "team": principal.team,
                     "role": principal.role,
                     "sessions": len(live),
