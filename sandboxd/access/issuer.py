@@ -103,9 +103,11 @@ class Issuer:
     async def revoke(self, team: str, kind: str, what: str, by: str) -> None:
         """Refuse from now on: at once, whatever becomes of the record; then durably."""
         at = self._clock()
-        self._revoked[team, kind, what] = at
-        await self._audit.append("token.revoked", team=team, by=by, **{kind: what})
-        await trio.to_thread.run_sync(self._keep, team, kind, what, at, by)
+        self._revoked[team, kind, what] = max(at, self._revoked.get((team, kind, what), at))
+        try:
+            await self._audit.append("token.revoked", team=team, by=by, **{kind: what})
+        finally:
+            await trio.to_thread.run_sync(self._keep, team, kind, what, at, by)
 
     async def rotate(self, *, now: bool) -> None:
         """Sign with a new key from here on; ``now`` drops all others at once."""
@@ -154,7 +156,10 @@ def checked_jti(jti: str) -> str:
 def checked_subject(subject: str) -> str:
     """An application's user: 1 to 200 printable characters that are not the id of a key."""
     if not subject.isprintable() or not 0 < len(subject) <= _MAX_SUBJECT:
-        raise Invalid(f"a user is named by 1 to {_MAX_SUBJECT} printable characters")
+        raise Invalid(
+            f"a user is named by 1 to {_MAX_SUBJECT} printable characters",
+            hint="an id, or an address: ann@example.org",
+        )
     if subject.startswith("key_"):
         raise Invalid("a user's name must not begin with key_", hint="that is how key ids begin")
     return subject
