@@ -49,12 +49,12 @@ class Methods:
             **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
+            **AgentMethods(self._daemon).table(),
             **KeyMethods(self._daemon).table(),
             **DashboardMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,
-            "agents.list": self.agents_list,
             "tools.list": self.tools_list,
             "audit.tail": self.audit_tail,
             "audit.verify": self.audit_verify,
@@ -125,23 +125,6 @@ class Methods:
                 "warnings": list(config.warnings),
             }
         )
-
-    async def agents_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        rows = []
-        live = live_of(self._daemon, caller.principal)
-        for slug, agent in agents_of(self._daemon, caller.principal).items():
-            rows.append(
-                {
-                    "slug": slug,
-                    "team": agent.team,
-                    "description": agent.description,
-                    "policy": agent.policy,
-                    "tools": list(agent.tools),
-                    "variables": len(await thread(self._daemon.vault.of(agent.team).list, slug)),
-                    "sessions": sum((s.team, s.agent.slug) == (agent.team, slug) for s in live),
-                }
-            )
-        return Reply({"agents": rows})
 
     async def tools_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
         config = self._daemon.config

@@ -137,6 +137,7 @@ class SessionMethods:
             return Reply(
                 {
                     **_record_row(record),
+                    "environment": None,
                     "workspace": record.workspace,
                     **self._changes(record.id),
                     "variables": dict(record.variables),
@@ -150,6 +151,7 @@ class SessionMethods:
         return Reply(
             {
                 **self._live_row(session),
+                "environment": sorted(session.environment),
                 "usage": _used(used),
                 "workspace": str(session.workspace or ""),
                 **self._changes(session.id),
@@ -229,7 +231,7 @@ class SessionMethods:
             "calls": self._daemon.calls.in_flight(session.id),
             "key": session.key or None,
             "subject": session.subject or None,
-            "lifetime": session.lifetime,
+            "ends_at": iso(session.ends_at),
             "calls_running": self._daemon.calls.running(session.id),
             "calls_waiting": self._daemon.calls.approvals.count(session.id),
             "lowered": list(session.terms.lowered),
@@ -320,7 +322,7 @@ def _record_row(record: SessionRecord) -> dict[str, Any]:
         "calls": [],
         "key": record.key or None,
         "subject": record.subject or None,
-        "lifetime": None,
+        "ends_at": None,
         "calls_running": 0,
         "calls_waiting": 0,
         "lowered": [],

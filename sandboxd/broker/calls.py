@@ -31,7 +31,7 @@ from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.servers import Servers, Tally
-from sandboxd.broker.session import Session
+from sandboxd.broker.session import Session, about, belongs
 from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
@@ -175,8 +175,7 @@ class Calls:
             [
                 live
                 for live in self._live.values()
-                if (live.session.agent.team, live.session.agent.slug) == (team, agent)
-                and 0 < live.versions.get(name, 0) <= up_to
+                if belongs(live.session, team, agent) and 0 < live.versions.get(name, 0) <= up_to
             ],
             f"the variable {name} was revoked",
         )
@@ -388,8 +387,8 @@ class Calls:
         """Start the program and stay with it until its tree is dead and its output read."""
         async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
             with contextlib.ExitStack() as given:
-                egress = open_outlet(prepared.egress, _who(live), self._audit.append)
-                outlet = given.enter_context(egress)
+                way_out = (self._audit.append, self._vault, live.session.snapshot)
+                outlet = given.enter_context(open_outlet(prepared.egress, _who(live), *way_out))
                 stdout, stdout_end = descriptors.output(given)
                 stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
@@ -456,16 +455,12 @@ class Calls:
     async def _touch(self, live: _Live) -> None:
         """Remember when the variables were last used, at most once a second for each."""
         now, agent = time.time(), live.session.agent
-        due = [
-            use
-            for name, version in live.versions.items()
-            if now - self._touched.get(use := (agent.team, agent.slug, name, version), 0.0)
-            > _TOUCH_PAUSE
-        ]
+        held = [(agent.team, agent.slug, *held) for held in live.versions.items()]
+        due = [use for use in held if now - self._touched.get(use, 0.0) > _TOUCH_PAUSE]
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
-            touch = self._vault.of(agent.team).touch
-            await trio.to_thread.run_sync(touch, [use[1:] for use in due], now)
+            uses = [use[1:] for use in due]
+            await trio.to_thread.run_sync(self._vault.of(agent.team).touch, uses, now)
 
 
 async def _read(
@@ -510,9 +505,7 @@ def _unrecorded(live: _Live, error: StoreError) -> CallResult:
 
 
 def _who(live: _Live) -> dict[str, Any]:
-    session, agent = live.session, live.session.agent
-    about = {"agent": agent.slug, "team": agent.team, "session": session.id}
-    return {**about, "tool": live.tool, "call": live.id}
+    return {**about(live.session), "tool": live.tool, "call": live.id}
 
 
 def _new_id() -> str:

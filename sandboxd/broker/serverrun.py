@@ -20,7 +20,7 @@ from sandboxd.broker.chosen import Chosen, unseal
 from sandboxd.broker.failures import describe, first
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.mcppeer import Fault, Peer
-from sandboxd.broker.session import Session
+from sandboxd.broker.session import Session, about
 from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
@@ -228,8 +228,8 @@ class Running:
                 stderr, stderr_end = descriptors.output(given)
                 stdin, stdin_end = descriptors.input_(given)
                 nursery.start_soon(self._listen, stderr, heard := trio.Event())
-                egress = open_outlet(prepared.egress, self._who(), self._begin.audit.append)
-                outlet = given.enter_context(egress)
+                way_out = (self._begin.audit.append, self._begin.vault, self.session.snapshot)
+                outlet = given.enter_context(open_outlet(prepared.egress, self._who(), *way_out))
                 try:
                     process = await self._begin.launcher.launch(
                         prepared.spec,
@@ -354,14 +354,7 @@ class Running:
         )
 
     def _who(self) -> dict[str, Any]:
-        session = self.session
-        return {
-            "agent": session.agent.slug,
-            "team": session.agent.team,
-            "session": session.id,
-            "server": self.server.name,
-            "id": self.id,
-        }
+        return {**about(self.session), "server": self.server.name, "id": self.id}
 
 
 def _how(end: Exit) -> str:

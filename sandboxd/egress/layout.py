@@ -15,9 +15,10 @@ PROXY = Listener("127.0.0.1", PROXY_PORT)
 
 
 def listeners(terms: EgressTerms) -> tuple[Listener, ...]:
-    """The proxy where hosts are allowed, then one for each relay in order."""
+    """The proxy where hosts are allowed, then one for each relay and gateway in order."""
     proxy = (PROXY,) if terms.egress.allow else ()
-    return (*proxy, *(listener for listener, _ in relayed(terms)))
+    gateways = (Listener(PROXY.address, one.port) for one in terms.egress.gateways)
+    return (*proxy, *(listener for listener, _ in relayed(terms)), *gateways)
 
 
 def relayed(terms: EgressTerms) -> list[tuple[Listener, Relay]]:
@@ -32,15 +33,17 @@ def relayed(terms: EgressTerms) -> list[tuple[Listener, Relay]]:
 
 
 def environment(terms: EgressTerms) -> dict[str, str]:
-    """The variables by which programs find the proxy; none where there is no proxy.
+    """The variables by which programs find gateways and the proxy; none where there is none.
 
-    In both cases of letters, for curl reads the lower one alone of http_proxy.
+    Those of the proxy in both cases of letters, for curl reads the lower one alone of http_proxy.
     """
+    found: dict[str, str] = {}
+    for gateway in terms.egress.gateways:
+        found |= gateway.variables
     if not terms.egress.allow:
-        return {}
+        return found
     url = f"http://{PROXY.address}:{PROXY.port}"
     direct = ",".join(dict.fromkeys(("localhost", "127.0.0.1", *_names(terms))))
-    found = {}
     for name, value in (("HTTP_PROXY", url), ("HTTPS_PROXY", url), ("NO_PROXY", direct)):
         found[name] = found[name.lower()] = value
     return {**found, "NODE_USE_ENV_PROXY": "1"}  # Node.js reads them only then

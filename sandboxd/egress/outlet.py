@@ -7,17 +7,22 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
 
 from sandboxd.egress.dial import Dialer
 from sandboxd.egress.gate import Bounds, Gate, Record
+from sandboxd.egress.gateway import Credential, serve_gateway
 from sandboxd.egress.layout import listeners, relayed
 from sandboxd.egress.proxy import serve_proxy
 from sandboxd.egress.relay import serve_relay
+from sandboxd.errors import Denied
 from sandboxd.isolation.listeners import take
 from sandboxd.policy.egress import EgressTerms
+from sandboxd.policy.gateways import Gateway
+from sandboxd.vault.vault import Snapshot, Vault
 
 __all__ = ["Outlet", "open_outlet"]
 
@@ -33,6 +38,7 @@ class Outlet:
     record: Record
     dialer: Dialer
     explain: str
+    credentials: Mapping[str, Credential]
     bounds: Bounds = field(default_factory=Bounds)
     _inlet: socket.socket | None = field(default=None, repr=False)
     _outlet: socket.socket | None = field(default=None, repr=False)
@@ -57,23 +63,33 @@ class Outlet:
         async with trio.open_nursery() as nursery:
             if made and self.terms.egress.allow:
                 nursery.start_soon(serve_proxy, accepting.pop(0), self._gate(self.terms.lists))
-            for listener, (_, relay) in zip(accepting, relayed(self.terms), strict=bool(made)):
-                gate = self._gate(self.terms.of_relay(relay))
-                nursery.start_soon(serve_relay, listener, gate, relay.destination)
+            for _, relay in relayed(self.terms) if made else ():
+                gate = self._gate(self.terms.of(relay))
+                nursery.start_soon(serve_relay, accepting.pop(0), gate, relay.destination)
+            for gateway in self.terms.egress.gateways if made else ():
+                gate = self._gate(self.terms.of(gateway))
+                held = self.credentials[gateway.secret]
+                nursery.start_soon(serve_gateway, accepting.pop(0), gateway, gate, held)
 
     def _gate(self, lists: Any) -> Gate:
         return Gate(lists, self.who, self.record, self.dialer, self.explain, self.bounds)
 
 
 @contextmanager
-def open_outlet(terms: EgressTerms, who: Mapping[str, Any], record: Record) -> Iterator[Outlet]:
+def open_outlet(
+    terms: EgressTerms, who: Mapping[str, Any], record: Record, vault: Vault, snapshot: Snapshot
+) -> Iterator[Outlet]:
     """The outlet of a sandbox that is about to be launched with these terms.
 
-    ``who`` is in every record: agent and session, and of a call its tool.
+    ``who`` is in every record: agent and session, and of a call its tool. Credentials are those of
+    ``snapshot``, unsealed for each request. Raises Denied when one of a gateway isn't there.
     """
     tool = f" --tool {who['tool']}" if "tool" in who else ""
     explain = f"sandboxctl policy egress {who['agent']}{tool}"
-    outlet = Outlet(terms, who, record, Dialer(), explain)
+    credentials: dict[str, Credential] = {
+        one.secret: _credential(one, vault, snapshot) for one in terms.egress.gateways
+    }
+    outlet = Outlet(terms, who, record, Dialer(), explain, credentials)
     if not listeners(terms):
         yield outlet
         return
@@ -81,3 +97,14 @@ def open_outlet(terms: EgressTerms, who: Mapping[str, Any], record: Record) -> I
     with inlet, out:
         outlet._inlet, outlet._outlet = inlet, out
         yield outlet
+
+
+def _credential(gateway: Gateway, vault: Vault, snapshot: Snapshot) -> Credential:
+    sealed = snapshot.variables.get(gateway.secret)
+    if sealed is None:
+        raise Denied(
+            f"agent {snapshot.agent} has no variable {gateway.secret}, which a gateway adds",
+            rule=f"{gateway.source} gateway",
+            hint=f"set it: sandboxctl env set {snapshot.agent} {gateway.secret}",
+        )
+    return Credential(sealed.name, sealed.version, partial(vault.unseal, sealed))

@@ -20,7 +20,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
 from sandboxd.access.roles import Principal
-from sandboxd.errors import SandboxdError
+from sandboxd.errors import SandboxdError, Unauthenticated
 from sandboxd.http.errors import Refusal, answer, refusal_of
 from sandboxd.http.rates import Rates
 from sandboxd.http.server import (
@@ -115,7 +115,10 @@ class Guard:
         except BodyTooSlow:
             slow = Refusal(408, "too_slow", "the request's body took too long to arrive")
             await answer(path, slow)(scope, receive, told)
-        except SandboxdError as failure:  # the sender's key ended meanwhile
+        except Unauthenticated as ended:  # meanwhile; half an answer is cut off
+            if not begun:
+                await answer(path, refusal_of(ended))(scope, receive, told)
+        except SandboxdError as failure:
             if begun:
                 raise
             await answer(path, refusal_of(failure))(scope, receive, told)

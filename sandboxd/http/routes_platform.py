@@ -189,7 +189,7 @@ async def _agent(daemon: Daemon, caller: Principal, slug: str) -> AgentDetail:
         createdAt=row["changed_at"],
         policy=row["policy"],
         tools=row["tools"],
-        sessions=row["sessions"],
+        sessions=len(row["sessions"]),
     )
 
 

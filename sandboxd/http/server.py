@@ -375,8 +375,15 @@ class _Exchange:
             await writing
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.gone.set()
-            if self.h11.our_state is not h11.ERROR:
-                self.h11.send_failed()
+            self._cut()
+        except trio.Cancelled:
+            self._cut()  # how much of it went out can't be told
+            raise
+
+    def _cut(self) -> None:
+        """Let nothing follow on this connection what may be half an answer."""
+        if self.h11.our_state is not h11.ERROR:
+            self.h11.send_failed()
 
 
 def _scope(request: h11.Request, connection: _Connection) -> Scope:

@@ -43,6 +43,7 @@ def check(
     for agent, document in loaded.agents.values():
         _check_agent(agent, document, loaded, policies, problems)
         _check_reach(_agent_places(agent), document, loaded, directory, problems)
+    _warn_of_shared_places(loaded, problems)
     for tool, document in loaded.tools.values():
         _check_reach(_mount_places(tool.mounts), document, loaded, directory, problems)
         _check_home(tool, document, loaded, problems)
@@ -367,6 +368,24 @@ def _may_match(pattern: str, loaded: Loaded) -> bool:
         matches_glob(name, server) or (name.endswith("*") and server.startswith(name[:-1]))
         for server in loaded.servers
     )
+
+
+def _warn_of_shared_places(loaded: Loaded, problems: Problems) -> None:
+    """A directory that one team's agents write and another's see is a way between them."""
+    places = [
+        (agent, document, path, Path(os.path.realpath(place)), writable)
+        for agent, document in loaded.agents.values()
+        for path, place, writable in _agent_places(agent)
+    ]
+    for agent, document, path, place, _ in places:
+        for other, _, _, its, writable in places:
+            if writable and other.team != agent.team and _overlap(place, its):
+                problems.warn(
+                    document.file,
+                    document.at(path),
+                    f"{place} is shared with agent {other.slug} of team {other.team}, "
+                    "which can write there",
+                )
 
 
 def _agent_places(agent: Agent) -> list[Reach]:

@@ -58,6 +58,7 @@ _SECTIONS = {
     "Egress": "egress",
     "DestinationRule": "allow in egress",
     "Relay": "relays in egress",
+    "Gateway": "gateways in egress",
     "Team": "teams",
     "HttpSettings": "http",
     "HttpLimits": "http limits",

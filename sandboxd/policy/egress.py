@@ -21,6 +21,7 @@ from sandboxd.policy.destinations import (
     destination,
     read_address,
 )
+from sandboxd.policy.gateways import Gateway, check_gateways, completed
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.yamlpos import Document
 
@@ -83,10 +84,11 @@ class Egress:
 
     allow: tuple[DestinationRule, ...] = ()
     relays: tuple[Relay, ...] = ()
+    gateways: tuple[Gateway, ...] = ()
 
     @property
     def stated(self) -> bool:
-        return bool(self.allow or self.relays)
+        return bool(self.allow or self.relays or self.gateways)
 
 
 @attrs.frozen
@@ -101,9 +103,9 @@ class EgressTerms:
         """The lists by which the proxy decides."""
         return (self.egress.allow, *self.bounds)
 
-    def of_relay(self, relay: Relay) -> tuple[tuple[DestinationRule, ...], ...]:
-        """The lists by which ``relay`` is decided."""
-        return ((relay.rule,), *self.bounds)
+    def of(self, entry: Relay | Gateway) -> tuple[tuple[DestinationRule, ...], ...]:
+        """The lists by which a relay or a gateway is decided."""
+        return ((entry.rule,), *self.bounds)
 
 
 #: Nothing at all.
@@ -117,7 +119,7 @@ def decide_egress(terms: EgressTerms, wanted: Destination, method: str = "") -> 
         return verdict
     for relay in terms.egress.relays:
         if relay.destination == wanted:
-            return decide(terms.of_relay(relay), wanted)
+            return decide(terms.of(relay), wanted)
     return verdict
 
 
@@ -125,6 +127,10 @@ def egress_lines(terms: EgressTerms) -> list[str]:
     """What ``terms`` allow, a line each, for people."""
     lines = [_line(rule, "") for rule in terms.egress.allow]
     lines += [_line(relay.rule, "relay ") for relay in terms.egress.relays]
+    lines += [
+        _line(one.rule, f"gateway 127.0.0.1:{one.port}, {one.secret} in {one.style[0]}, to ")
+        for one in terms.egress.gateways
+    ]
     for bounds in terms.bounds if lines else ():
         names = ", ".join(_line(rule, "") for rule in bounds)
         lines.append(f"within: {names or 'nothing, by the policy'}")
@@ -145,6 +151,7 @@ def placed(egress: Egress, document: Document, label: str) -> Egress:
             attrs.evolve(relay, source=f"{label}:{document.at(('egress', 'relays', n)).line}")
             for n, relay in enumerate(egress.relays)
         ),
+        completed(egress.gateways, document, label),
     )
 
 
@@ -167,6 +174,14 @@ def check_egress(egress: Egress, network: str, document: Document, problems: Pro
             "egress beside network: host, which reaches everything",
             "leave network out: what egress names is reached without a network",
         )
+    check_gateways(egress.gateways, document, problems)
+    for index, gateway in enumerate(egress.gateways):
+        if gateway.port == PROXY_PORT:
+            problems.add(
+                document.file,
+                document.at(("egress", "gateways", index, "port")),
+                f"port {PROXY_PORT} is the proxy's",
+            )
     seen: dict[str, str] = {}
     for index, relay in enumerate(egress.relays):
         wanted = relay.destination

@@ -41,6 +41,7 @@ __all__ = [
     "differences",
     "explain_call",
     "explain_egress",
+    "launched_for",
     "outlook",
     "tool_named",
 ]
@@ -58,6 +59,13 @@ def agent_named(config: Config, name: str) -> Agent:
             + "; after adding one: sandboxctl reload",
         )
     return config.agents[name]
+
+
+def launched_for(config: Config, agent: Agent) -> list[Tool]:
+    """What is started for the agent and can be given variables: its tools, its servers."""
+    servers = (server_of(config, name) for name in agent.tools)
+    own = {server.name: server.launch for server in servers if server is not None}
+    return [config.tools[name] for name in agent.tools if name in config.tools] + list(own.values())
 
 
 def tool_named(config: Config, name: str) -> Tool:

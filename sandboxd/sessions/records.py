@@ -45,7 +45,8 @@ class Records:
 
     def outlet(self, session: Session) -> AbstractContextManager[Outlet]:
         """The way out of a session's sandbox, whose connections are recorded here too."""
-        return open_outlet(session.terms.egress, _about(session), self._audit.append)
+        terms, snapshot = session.terms.egress, session.snapshot
+        return open_outlet(terms, _about(session), self._audit.append, self._vault, snapshot)
 
     async def ended(self, session: Session) -> None:
         """Note how it ended, cancelled or not. Raises StoreError when that can't be recorded."""

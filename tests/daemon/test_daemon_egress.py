@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import socket
 import threading
@@ -198,3 +199,74 @@ def test_policy_egress_shows_and_decides(configured: RealDaemon) -> None:
     bad = configured.ctl("policy", "egress", "caller", "api.example.com:80", "--json")
     assert bad.returncode == 4
     assert json.loads(bad.stdout)["reason"] == "no rule allows port 80 of api.example.com"
+
+
+#: Asks the gateway that the environment names, with a credential of its own, and prints the answer.
+THROUGH_GATEWAY = """
+import os, urllib.error, urllib.request
+base = os.environ["ANTHROPIC_BASE_URL"]
+print("key", os.environ["ANTHROPIC_API_KEY"])
+request = urllib.request.Request(base + "/v1/messages", b"{}", {"x-api-key": "mine"})
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+try:
+    print("answer", opener.open(request, timeout=30).read().decode())
+except urllib.error.HTTPError as error:
+    print("answer", error.code, error.read().decode().replace(chr(10), " "))
+"""
+
+
+@contextmanager
+def key_server(key: str) -> Iterator[int]:
+    """An API on the host's loopback that says which key it was asked with, and repeats it."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            right = self.headers["x-api-key"] == key
+            body = f"{'right' if right else 'wrong'} {self.headers['x-api-key']}".encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_agent_uses_a_key_that_it_never_holds(configured: RealDaemon) -> None:
+    key = "sk-ant-0123456789abcdefghijklmnop"
+    with key_server(key) as port:
+        gateway = (
+            f"{{port: 4000, upstream: 'http://127.0.0.1:{port}', header: x-api-key, "
+            "secret: MODEL_KEY}"
+        )
+        policy(configured, f"{{host: 127.0.0.1, ports: [{port}]}}")
+        # What the preset would set; its own upstream is not on this host.
+        known = "{ANTHROPIC_BASE_URL: 'http://127.0.0.1:4000', ANTHROPIC_API_KEY: placeholder}"
+        egress = f"{{gateways: [{gateway}]}}"
+        configured.python_agent(
+            "caller", THROUGH_GATEWAY, policy="bounded", egress=egress, environment=known
+        )
+        configured.start()
+        refused = configured.ctl("run", "caller")
+        assert refused.returncode == 125
+        assert "sandboxctl env set caller MODEL_KEY" in refused.stderr
+        configured.set("caller", MODEL_KEY=key)
+        told = said(configured, "caller")
+        assert told == {"key": "placeholder", "answer": "right [redacted:MODEL_KEY]"}
+    rows = configured.audit()
+    (asked,) = [row for row in rows if row["event"] == "gateway.request"]
+    assert asked["injected"] == [{"name": "MODEL_KEY", "version": 1}]
+    assert (asked["method"], asked["path"], asked["team"]) == ("POST", "/v1/messages", "default")
+    assert key not in json.dumps(rows)

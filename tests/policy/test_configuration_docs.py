@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sandboxd.paths import shipped
-from sandboxd.policy import Config, decide, destinations, egress, load_config, model
+from sandboxd.policy import Config, decide, destinations, egress, gateways, load_config, model
 from sandboxd.policy.policyfile import PolicyFile, RuleFile
 from sandboxd.policy.structure import keys_of
 
@@ -96,6 +96,7 @@ def test_the_example_policy_does_what_it_says(
         ("egress", egress.Egress),
         ("allow in egress", destinations.DestinationRule),
         ("relays in egress", egress.Relay),
+        ("gateways in egress", gateways.Gateway),
         ("policies/NAME.yaml", PolicyFile),
         ("rules", RuleFile),
     ],

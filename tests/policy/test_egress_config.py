@@ -125,6 +125,24 @@ def test_egress_that_no_policy_bounds_is_an_error_with_its_line(tmp_path: Path) 
         ("{relays: [{to: '10.0.0.1:5432'}]}", "a relay appears under a name"),
         ("{relays: [{to: 'a.b:1'}, {to: 'a.b:1'}]}", "is relayed twice"),
         ("{allow: [{host: a.org}]}\nnetwork: host", "egress beside network: host"),
+        ("{gateways: [{port: 4000, secret: K}]}", "exactly one of preset and upstream"),
+        (
+            "{gateways: [{port: 4000, secret: K, preset: openai, upstream: 'https://a.org'}]}",
+            "exactly one of preset and upstream",
+        ),
+        (
+            "{gateways: [{port: 4000, secret: K, upstream: 'http://a.org'}]}",
+            "would travel in the clear",
+        ),
+        ("{gateways: [{port: 3128, secret: K, preset: openai}]}", "port 3128 is the proxy's"),
+        (
+            "{gateways: [{port: 1, secret: K, preset: openai}, "
+            "{port: 1, secret: K, preset: github}]}",
+            "port 1 is another gateway's",
+        ),
+        ("{gateways: [{port: 1, secret: K, preset: openai, scheme: basic}]}", "belong together"),
+        ("{gateways: [{port: 1, secret: K, preset: openai, paths: [v1]}]}", "expected a path"),
+        ("{gateways: [{port: 1, secret: K, preset: opnai}]}", "expected anthropic or openai"),
     ],
 )
 def test_what_can_not_be_meant_is_told_with_its_place(

@@ -47,9 +47,10 @@ sys.exit(selftest.main(words))
 
 
 def begin(machine: Machine, mode: str, *words: str) -> Begun:
-    """A command of the product's, by root or by an ordinary user in a delegated cgroup."""
+    """A command of the product's in a delegated cgroup, by root or by an ordinary user."""
     if mode == "root":
-        return machine.begin(*words, timeout=_SECONDS)
+        unit = ("systemd-run", "--quiet", "--wait", "--pipe", "--property=Delegate=yes")
+        return machine.begin(*unit, *words, timeout=_SECONDS)
     script = _DELEGATED + shlex.join(words)
     return machine.begin("sh", "-c", script, user="alice", timeout=_SECONDS)
 
