@@ -129,7 +129,11 @@ def _refused(failure: OSError, address: str) -> Conflict | KernelError:
         )
     hint = "choose another http.listen in sandboxd.yaml"
     if failure.errno in (errno.EACCES, errno.EPERM):
-        hint += ": a port below 1024 needs CAP_NET_BIND_SERVICE (docs/systemd.md)"
+        hint += (
+            ": its directory has to be one that the daemon's user may write"
+            if address.startswith("/")
+            else ": a port below 1024 needs CAP_NET_BIND_SERVICE (docs/systemd.md)"
+        )
     return KernelError("bind", failure.errno or 0, address, hint=hint)
 
 
