@@ -49,7 +49,6 @@ class Methods:
             **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
-            **AgentMethods(self._daemon).table(),
             **KeyMethods(self._daemon).table(),
             **DashboardMethods(self._daemon).table(),
             "status": self.status,
