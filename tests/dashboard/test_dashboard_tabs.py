@@ -111,12 +111,12 @@ def test_live_sessions_keep_the_old_value_until_it_is_revoked(
     owner.post("/environment/writer/set", name="TOKEN", value=OTHER)
     page = told(owner.read("/environment/writer"))
     assert "1 live session keeps the old value until it ends." in page
-    assert "1 session on an older one" in page
+    assert "older in 1 live session" in page
     got = owner.post("/environment/writer/revoke/TOKEN")
     assert got.status_code == 303
     page = told(owner.read("/environment/writer"))
     assert "Live sessions lost the old value of TOKEN." in page
-    assert "on an older one" not in page
+    assert "older in" not in page
     with daemon.client() as client:
         sent = {"tool": "publish", "arguments": {"to": "paper"}, "session": session}
         last = list(client.stream("tools.run", **sent))[-1]["ended"]
