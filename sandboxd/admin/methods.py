@@ -75,7 +75,7 @@ class Methods:
                 {
                     "version": __version__,
                     "started_at": iso(daemon.started_at),
-                    "name": principal.name,
+                    "name": principal.own_name,
                     "team": principal.team,
                     "role": principal.role,
                     "sessions": len(live),
@@ -153,7 +153,7 @@ class Methods:
         """The last ``n`` records that the caller may see, then each new one."""
         audit, principal = self._daemon.audit, caller.principal
         count = bounded(params, "n", 20, least=0, most=100_000)
-        seen = audit.last
+        seen = audit.newest
         recent = partial(audit.tail, count)
         if principal.team is not None:
             sees = partial(sees_record, principal)
@@ -167,7 +167,7 @@ class Methods:
             if not params.get("follow"):
                 return
             await trio.sleep(0.2)
-            fresh = await thread(audit.tail, audit.last - seen)
+            fresh = await thread(audit.tail, audit.newest - seen)
             records = [record for record in fresh if record["seq"] > seen]
 
     async def audit_verify(self, caller: Caller, params: dict[str, Any]) -> Reply:
