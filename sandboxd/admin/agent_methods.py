@@ -119,14 +119,11 @@ class AgentMethods:
             await self._daemon.reload(caller.name)
         except SandboxdError:
             await thread(kept.rename, file)
-            if caller.principal.team is None:
-                raise
-        else:
-            return
-        raise Conflict(  # why not may name other teams' files
-            f"the configuration does not load without agent {file.stem}",
-            hint="the host's operators can see why and delete it: sandboxctl config check",
-        )
+            # What is wrong, and in whose file, is for the host's operators alone.
+            raise Conflict(
+                "the configuration can't be loaded without it, so nothing was deleted",
+                hint="the host's operators see why: sandboxctl config check",
+            ) from None
 
     async def _check_nothing_staged(self) -> None:
         """Deleting one team's agent must not put in force what the host's operators are writing,
