@@ -31,7 +31,6 @@ from sandboxd.broker.calls import Session
 from sandboxd.broker.mcp import tool_server
 from sandboxd.errors import SandboxdError, Unavailable
 from sandboxd.http.server import where
-from sandboxd.policy.explain import agent_named
 from sandboxd.policy.model import Tool, Workspace
 from sandboxd.running import Daemon
 
@@ -173,9 +172,9 @@ class Visits:
         if visit.at:
             return daemon.sessions.get(visit.at)
         config = daemon.config
-        agent = agent_named(config, visit.agent)
-        if not visit.principal.reaches(agent.team, agent.slug):  # by a reload a moment ago
-            raise no_agent(agent.slug)
+        agent = config.agents.get(visit.agent)
+        if agent is None or not visit.principal.reaches(agent.team, agent.slug):
+            raise no_agent(visit.agent)  # by a reload a moment ago
         snapshot = await thread(daemon.vault.of(agent.team).snapshot, agent.slug)
         # Without a session there are no files: whatever needs them is denied, and recorded so.
         nowhere = attrs.evolve(agent, workspace=Workspace(mode="none"))
