@@ -386,8 +386,9 @@ class Manager:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
             stdin, stdout, stderr = ends.child
             with self._records.outlet(session) as outlet:
+                session.way_out = outlet.environment
                 session.process = await self._launcher.launch(
-                    spec,
+                    outlet.complete(spec),
                     stdin=stdin,
                     stdout=stdout,
                     stderr=stderr,

@@ -55,6 +55,8 @@ class Session:
     started_at: float = field(default_factory=time.time)
     #: The mount namespace that holds the copy-on-write view of the workspace; -1: there is none.
     overlay: int = -1
+    #: Variables that its way out adds to the agent's environment.
+    way_out: Mapping[bytes, bytes] = field(default_factory=dict)
     process: Process | None = None
     #: Work on behalf of the session while it runs; cancelled, and waited for, when it ends.
     tasks: trio.Nursery | None = None
