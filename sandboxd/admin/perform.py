@@ -185,7 +185,7 @@ def _denied(principal: Principal, method: str, permission: Permission) -> Denied
     able = [role for role in PERMISSIONS if role != "application" and _may(role, permission)]
     who = "the host's operators can, on the admin socket" if able == ["host"] else ""
     return Denied(
-        f"{principal.name} may not call {method}: the role {principal.role} does not have it",
+        f"{principal.own_name} may not call {method}: the role {principal.role} does not have it",
         hint=who or f"a key of one of these roles can: {', '.join(r for r in able if r != 'host')}",
     )
 
