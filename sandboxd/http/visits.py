@@ -34,7 +34,7 @@ from sandboxd.http.server import where
 from sandboxd.policy.model import Tool, Workspace
 from sandboxd.running import Daemon
 
-__all__ = ["MAX_BODY", "MAX_REQUESTS", "Visit", "Visits"]
+__all__ = ["MAX_BODY", "MAX_REQUESTS", "Visit", "Visits", "idle"]
 
 #: Bytes of one message; as on the session socket.
 MAX_BODY = 4 << 20
@@ -212,7 +212,7 @@ class Visits:
                     task_status.started()
                     if visit.at:
                         nursery.start_soon(self._end_with, visit)
-                    await _idle(visit)
+                    await idle(visit)
                     visit.reason = "nobody asked anything for a while"
                     visit.scope.cancel()
         except SandboxdError as failure:
@@ -263,7 +263,7 @@ class Visits:
             oldest.scope.cancel()
 
 
-async def _idle(visit: Visit) -> None:
+async def idle(visit: Visit) -> None:
     """Returns once no request was open for VISIT_IDLE seconds."""
     while True:
         left = visit.idle_since + VISIT_IDLE - trio.current_time()
