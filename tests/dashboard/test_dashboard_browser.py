@@ -112,8 +112,8 @@ def test_every_tab_when_there_is_much_to_see(
     window.check("keys")
     page.get_by_role("link", name="Deactivate operator of red").click()
     window.check("deactivate")
-    tricky = "production"
-    with calling(daemon, session, to=tricky):
+    text = "Report \u202egnp.exe for \u0430dmin, \u0141ukasz " + "and paying customers " * 40
+    with calling(daemon, session, to="production", text=text):
         window.go("Sessions")
         page.wait_for_selector(".spark polyline", state="attached")  # flat, so "hidden"
         window.check("sessions")
