@@ -227,6 +227,15 @@ def test_what_is_named_besides_is_the_callers_own_too(made: World) -> None:
             assert made.operate("stranger", method, {**params, named: right})[0] == 200, method
 
 
+def test_an_abbreviation_is_looked_for_in_reach_alone(made: World) -> None:
+    second = made.session()
+    status, text = made.operate("owner", "session.show", {"id": "s-"})
+    made.daemon.call("session.stop", id=second, grace=0)
+    assert (status, "is ambiguous" in text) == (404, True)
+    status, text = made.operate("stranger", "session.show", {"id": "s-"})
+    assert (status, "no session 's-'" in text) == (404, True)
+
+
 def test_a_stranger_revokes_no_token_of_ours(made: World) -> None:
     for params in ({"id": made.ids["bob"]}, {"subject": "bob"}):
         made.operate("stranger", "tokens.revoke", params)
