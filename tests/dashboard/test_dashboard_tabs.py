@@ -212,7 +212,11 @@ def test_a_session_is_seen_and_stopped(daemon: RealDaemon, owner: Pages, session
     assert "TOKEN version" in page
     got = owner.post(f"/sessions/{session}/stop", at_once="on")
     assert got.status_code == 303
-    assert f"Session {session} has ended." in told(owner.read("/sessions"))
+    page = owner.read("/sessions")
+    assert f"Session {session} has ended." in told(page)
+    assert session in page.partition('id="ended-list"')[2]
+    assert session in owner.read("/sessions/ended")
+    assert session not in owner.read("/sessions/live")
     assert "stopped by owner of red" in told(owner.read(f"/sessions/{session}"))
     assert owner.post(f"/sessions/{session}/stop").status_code == 404
 
