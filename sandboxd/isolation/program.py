@@ -7,21 +7,25 @@ Standard library only.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
 import os
 import resource
 import signal
+import socket
 import termios
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from sandboxd.errors import KernelError
+from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.root import check_pin
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
+    FRAME,
+    MAX_FDS,
     MAX_SPEC,
     UNPINNED,
     Frame,
@@ -29,6 +33,7 @@ from sandboxd.isolation.wire import (
     LaunchSpec,
     Limits,
     decode_spec,
+    failed,
 )
 
 __all__ = [
@@ -37,7 +42,9 @@ __all__ = [
     "forget",
     "limit",
     "open_program",
+    "program_to_be",
     "read_spec",
+    "receive",
     "setup_failed",
     "spawn",
 ]
@@ -87,12 +94,68 @@ def spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
             os.write(done, errno.EINVAL.to_bytes(4, "big"))
         os._exit(127)
     os.close(done)
-    failed = os.read(result, 4)
+    refused = os.read(result, 4)
     os.close(result)
-    if failed:
+    if refused:
         os.waitpid(pid, 0)
-        raise KernelError("execve", int.from_bytes(failed, "big"), os.fsdecode(spec.argv[0]))
+        raise KernelError("execve", int.from_bytes(refused, "big"), os.fsdecode(spec.argv[0]))
     return pid
+
+
+def program_to_be(told: int) -> int:
+    """Fork a process that waits on the socket ``told`` for its launch, and then executes it.
+
+    A frame brings the spec, of which argv, environment, cwd and limits count, and the streams. What
+    keeps it from running goes back as a FAILED frame; nothing does when it runs, and the socket
+    closes. Where that closes first, it ends.
+    """
+    pid = os.fork()
+    if pid == 0:
+        kernel.close_all_but([told])
+        _await_launch(socket.socket(fileno=told))
+    return pid
+
+
+def _await_launch(told: socket.socket) -> NoReturn:
+    number, back = 0, told.fileno()
+    try:
+        frame, fds = receive(told)
+        if frame is None or not fds:
+            os._exit(0)
+        number = frame.number
+        spec = read_spec(fds[0])
+        # Above every target number, so that placing the streams does not overwrite it.
+        back = fcntl.fcntl(back, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
+        try:
+            os.chdir(spec.cwd)
+        except OSError as failure:
+            raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
+        try:
+            _exec(spec, fds[1:], back)
+        except OSError as failure:
+            name = os.fsdecode(spec.argv[0])
+            raise KernelError("execve", failure.errno or errno.EINVAL, name) from None
+    except SandboxdError as failure:
+        problem = failed(number, failure)
+    except BaseException as failure:  # the last words of this process: nobody else can say them
+        problem = setup_failed(number, failure)
+    with contextlib.suppress(OSError):
+        os.write(back, problem.pack())
+    os._exit(127)
+
+
+def receive(sock: socket.socket) -> tuple[Frame | None, list[int]]:
+    """A frame and its descriptors; None instead of a frame at the end, and for what is none."""
+    fds = array.array("i")
+    room = socket.CMSG_SPACE(MAX_FDS * fds.itemsize)
+    data, ancillary, _, _ = sock.recvmsg(FRAME.size, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    try:
+        return Frame.unpack(data), list(fds)
+    except ValueError:
+        return None, list(fds)
 
 
 def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:

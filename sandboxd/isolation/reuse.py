@@ -33,6 +33,7 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
         spec.tty
         or spec.overlay is not None
         or spec.brings_namespace
+        or spec.waits
         or spec.further
         or spec.listeners
         or 0 < limits.memory < _LEAST_MEMORY

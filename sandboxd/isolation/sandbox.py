@@ -20,7 +20,15 @@ from typing import NoReturn
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import clocks, kernel, landlock, listeners, overlay, seccomp
 from sandboxd.isolation.further import Orders, from_kernel
-from sandboxd.isolation.program import OURS, SIGNALS, forget, read_spec, setup_failed, spawn
+from sandboxd.isolation.program import (
+    OURS,
+    SIGNALS,
+    forget,
+    program_to_be,
+    read_spec,
+    setup_failed,
+    spawn,
+)
 from sandboxd.isolation.root import Root, system_layout
 from sandboxd.isolation.wire import Frame, Kind, LaunchSpec, failed
 
@@ -74,16 +82,18 @@ def enter(
             join()
         spec = read_spec(fds[0])
         kernel.close_all_but([report, *fds[1:]])
-        streams, orders = fds[1:], None
+        streams, orders, first = fds[1:], None, -1
         if spec.further:
             *streams, last = streams
             orders = Orders(last)
+        if spec.waits:
+            *streams, first = streams
         if spec.overlay is not None:  # no program: what it makes is all that is wanted
             overlay.make(spec, spec.overlay, streams[0], privileged=privileged)
             _send(report, Frame(Kind.STARTED, number))
             _send(report, Frame(Kind.EXITED, number))
             os._exit(0)
-        program = _start(spec, streams, privileged=privileged)
+        program = _start(spec, streams, first, privileged=privileged)
         forget(spec)
         _send(report, Frame(Kind.STARTED, number))
         kernel.close_all_but([report, *([orders.fd] if orders else [])])
@@ -95,8 +105,11 @@ def enter(
     os._exit(125)
 
 
-def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
-    """Build the sandbox around this process and start the program in it. Returns its pid."""
+def _start(spec: LaunchSpec, streams: Sequence[int], first: int, *, privileged: bool) -> int:
+    """Build the sandbox around this process and start the program in it. Returns its pid.
+
+    Of one that is told its program later, by ``first``, that of the process to become it.
+    """
     namespace = outlet = -1
     if spec.listeners:
         *streams, outlet = streams
@@ -104,6 +117,8 @@ def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int
         *streams, namespace = streams
     build(spec, privileged=privileged, namespace=namespace, outlet=outlet)
     restrict(spec, streams)
+    if spec.waits:
+        return program_to_be(first)
     try:
         os.chdir(spec.cwd)
     except OSError as failure:

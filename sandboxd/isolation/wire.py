@@ -198,7 +198,7 @@ class LaunchSpec:
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
     ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
-    ``further``: more programs can be started in it later, over a socket that the launch brings.
+    ``further``: more programs can be started in it later, over the last descriptor, a socket.
     """
 
     id: str
@@ -220,6 +220,8 @@ class LaunchSpec:
     overlay: OverlaySpec | None = None
     #: A launch with listeners brings a Unix socket after these, for them to be passed out by.
     listeners: tuple[Listener, ...] = ()
+    #: A launch that waits brings a socket after these, on which its program is told later.
+    waits: bool = False
     further: bool = False
 
     @property
@@ -231,10 +233,13 @@ class LaunchSpec:
 def check_spec(spec: LaunchSpec, *, search: bool = False) -> None:
     """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value.
 
+    One that waits needs no program yet.
+
     ``search``: the program may be a name, or a relative path, for the sandbox to find.
     """
     program = os.fsencode(spec.program) or b"".join(spec.argv[:1])
-    if not program or b"\0" in program or not (search or program.startswith(b"/")):
+    known = program if search else program.startswith(b"/")
+    if (spec.argv or not spec.waits) and (not known or b"\0" in program):
         raise Invalid("a sandbox needs a program, by its absolute path")
     if any(b"\0" in argument for argument in spec.argv):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
@@ -262,7 +267,7 @@ def check_spec(spec: LaunchSpec, *, search: bool = False) -> None:
     extra = spec.extra_fds
     if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
         raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
-    more = spec.brings_namespace + bool(spec.listeners) + spec.further
+    more = spec.brings_namespace + bool(spec.listeners) + spec.waits + spec.further
     if len(extra) + more > MAX_FDS - 4:
         raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
     if spec.listeners and spec.network != "none":
@@ -346,6 +351,7 @@ def lasting_part(spec: LaunchSpec) -> bytes:
         out.text(one.address)
         out.number(one.port)
         out.text(one.name)
+    out.number(spec.waits)
     out.number(spec.further)
     return bytes(out.data)
 
@@ -392,6 +398,7 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         listeners=tuple(
             Listener(read.text(), read.number(), read.text()) for _ in range(read.number())
         ),
+        waits=bool(read.number()),
         further=bool(read.number()),
     )
     read.end()
