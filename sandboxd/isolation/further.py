@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel
-from sandboxd.isolation.program import SIGNALS, forget, read_spec, receive, setup_failed, spawn
+from sandboxd.isolation.program import SIGNALS, receive, setup_failed, start
 from sandboxd.isolation.wire import Frame, Kind, failed
 
 __all__ = ["Orders", "from_kernel"]
@@ -84,17 +84,10 @@ def _supervise(number: int, memfd: int, talk: int, streams: list[int]) -> NoRetu
     """Start the program of the spec in ``memfd`` and see to its end."""
     try:
         kernel.adopt_orphans()
-        spec = read_spec(memfd)
-        kernel.close_all_but([talk, *streams])
+        kernel.close_all_but([talk, memfd, *streams])
         _notify(talk)
-        try:
-            os.chdir(spec.cwd)
-        except OSError as failure:
-            raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
-        program = spawn(spec, streams)
-        forget(spec)
+        program = start(number, memfd, streams)
         kernel.close_all_but([talk])
-        os.chdir("/")
         _send(talk, Frame(Kind.STARTED, number))
         _see_to_its_end(number, program, socket.socket(fileno=talk))
     except SandboxdError as failure:

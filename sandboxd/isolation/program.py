@@ -46,7 +46,7 @@ __all__ = [
     "read_spec",
     "receive",
     "setup_failed",
-    "spawn",
+    "start",
 ]
 
 SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
@@ -74,8 +74,11 @@ def forget(spec: LaunchSpec) -> None:
         kernel.wipe(secret)
 
 
-def spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
-    """Fork and execve(2) the program; its pid once it runs, KernelError if it can't."""
+def start(number: int, memfd: int, streams: Sequence[int]) -> int:
+    """Fork and execve(2) the program of the spec in ``memfd``; its pid once it runs.
+
+    This process never reads the spec, and so holds nothing of it. Raises KernelError.
+    """
     result, done = os.pipe2(os.O_CLOEXEC)
     try:
         pid = os.fork()
@@ -84,21 +87,15 @@ def spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
         os.close(done)
         raise KernelError("fork", failure.errno or 0) from None
     if pid == 0:
-        # Above every target number, so that placing the streams does not overwrite it.
-        done = fcntl.fcntl(done, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
-        try:
-            _exec(spec, streams, done)
-        except (OSError, KernelError) as failure:
-            os.write(done, (failure.errno or errno.EINVAL).to_bytes(4, "big"))
-        except BaseException:
-            os.write(done, errno.EINVAL.to_bytes(4, "big"))
-        os._exit(127)
+        _become(number, memfd, streams, done)
     os.close(done)
-    refused = os.read(result, 4)
+    told = os.read(result, FRAME.size)
     os.close(result)
-    if refused:
+    if told:
         os.waitpid(pid, 0)
-        raise KernelError("execve", int.from_bytes(refused, "big"), os.fsdecode(spec.argv[0]))
+        refused = Frame.unpack(told)
+        call, _, path = refused.text.partition("\t")
+        raise KernelError(call, refused.a, path)
     return pid
 
 
@@ -111,28 +108,29 @@ def program_to_be(told: int) -> int:
     """
     pid = os.fork()
     if pid == 0:
-        kernel.close_all_but([told])
-        _await_launch(socket.socket(fileno=told))
+        try:
+            kernel.close_all_but([told])
+            frame, fds = receive(socket.socket(fileno=told))
+            if frame is not None and fds:
+                _become(frame.number, fds[0], fds[1:], told)
+        finally:
+            os._exit(127)
     return pid
 
 
-def _await_launch(told: socket.socket) -> NoReturn:
-    number, back = 0, told.fileno()
+def _become(number: int, memfd: int, streams: Sequence[int], back: int) -> NoReturn:
+    """Execute the program of a spec. What keeps it from that is written to ``back``."""
     try:
-        frame, fds = receive(told)
-        if frame is None or not fds:
-            os._exit(0)
-        number = frame.number
-        spec = read_spec(fds[0])
         # Above every target number, so that placing the streams does not overwrite it.
         back = fcntl.fcntl(back, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
+        spec = read_spec(memfd)
         try:
             os.chdir(spec.cwd)
         except OSError as failure:
             raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
         try:
-            _exec(spec, fds[1:], back)
-        except OSError as failure:
+            _exec(spec, streams, back)
+        except (OSError, KernelError) as failure:
             name = os.fsdecode(spec.argv[0])
             raise KernelError("execve", failure.errno or errno.EINVAL, name) from None
     except SandboxdError as failure:

@@ -41,6 +41,7 @@ __all__ = [
     "Listener",
     "Located",
     "MountSpec",
+    "Outline",
     "OverlaySpec",
     "Pin",
     "check_spec",
@@ -50,6 +51,7 @@ __all__ = [
     "failed",
     "lasting_part",
     "locate",
+    "outline",
     "sealed_memfd",
 ]
 
@@ -72,6 +74,8 @@ UNPINNED: Pin = (0, 0, 0)
 #: Of an encoded spec: its size, that of its lasting part and of its id; how many arguments,
 #: variables and files follow.
 _HEAD = struct.Struct("!6Q")
+#: What the lasting part begins with: the uid, and the flags of the outline.
+_OUTLINE = struct.Struct("!2Q")
 _GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 
@@ -324,6 +328,7 @@ def lasting_part(spec: LaunchSpec) -> bytes:
     """The encoded fields that two launches from one template have in common."""
     out = Writer()
     out.number(spec.uid)
+    out.number(sum(1 << bit for bit, on in enumerate(_outline(spec)) if on))
     for number in spec.pin:
         out.number(number)
     for text in (spec.program, spec.cwd, spec.network, spec.hostname, spec.user, spec.template):
@@ -377,11 +382,12 @@ def decode_spec(data: bytes) -> LaunchSpec:
 def decode_lasting(data: bytes) -> LaunchSpec:
     """A spec of the lasting fields alone; its files are empty, the rest is blank."""
     read = Reader(data)
+    uid, _ = read.number(), read.number()  # the second is the outline
     spec = LaunchSpec(
         id="",
         argv=(),
         env=(),
-        uid=read.number(),
+        uid=uid,
         pin=(read.number(), read.number(), read.number()),
         program=read.text(),
         cwd=read.text(),
@@ -403,6 +409,33 @@ def decode_lasting(data: bytes) -> LaunchSpec:
     )
     read.end()
     return spec
+
+
+class Outline(NamedTuple):
+    """What the init of a sandbox knows of its spec; all else it leaves to who builds or runs."""
+
+    uid: int
+    host_network: bool
+    overlay: bool
+    # What the launch brings after the program's descriptors, in this order.
+    namespace: bool
+    listeners: bool
+    waits: bool
+    further: bool
+
+
+def outline(memfd: int) -> Outline:
+    """The outline of the spec in ``memfd``, without reading the rest. ValueError if damaged."""
+    data = os.pread(memfd, _OUTLINE.size, _HEAD.size)
+    if len(data) < _OUTLINE.size:
+        raise ValueError("the launch spec is cut short")
+    uid, flags = _OUTLINE.unpack(data)
+    return Outline(uid, *(bool(flags & 1 << bit) for bit in range(len(Outline._fields) - 1)))
+
+
+def _outline(spec: LaunchSpec) -> tuple[bool, ...]:
+    more = (spec.brings_namespace, bool(spec.listeners), spec.waits, spec.further)
+    return (spec.network == "host", spec.overlay is not None, *more)
 
 
 class Located(NamedTuple):

@@ -109,7 +109,7 @@ RIGHTS: tuple[Layer, ...] = (
     Layer(
         "Landlock: paths",
         "landlock(7)",
-        one("landlock.py", '_allow(ruleset, "/", _READ)', '_allow(ruleset, "/", handled)'),
+        one("landlock.py", '_allow(rules, "/", _READ)', '_allow(rules, "/", handled)'),
         ("planted", "privileges", "sandbox's init"),
     ),
     Layer(
