@@ -44,7 +44,7 @@ HOOKS = (
     ("redact", "sandboxd.broker.capture:Capture._take"),
     ("note the use", "sandboxd.broker.calls:Calls._touch"),
     ("session", "sandboxd.sessions.manager:Manager.start"),
-    ("snapshot", "sandboxd.vault.vault:Vault.snapshot"),
+    ("snapshot", "sandboxd.vault.vault:TeamVault.snapshot"),
     ("serve its socket", "sandboxd.broker.socket:_listener"),
     ("keep its record", "sandboxd.vault.vault:Vault.put_session"),
     ("encode", "sandboxd.broker.mcp:_encode"),

@@ -171,19 +171,17 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
     )
 
     async def stop(rests: Callable[[Dependent], bool], reason: str) -> Sequence[Dependent]:
-        stop_where = getattr(daemon.sessions, "stop_where", None)
-        ended: list[Dependent] = [] if stop_where is None else await stop_where(rests, reason)
-        return ended
+        return await daemon.sessions.stop_where(rests, reason)
 
     daemon.access = await trio.to_thread.run_sync(
         partial(Access, daemon.vault, daemon.audit, config=lambda: daemon.config, stop=stop)
     )
 
     def admit(request: Request) -> None:
-        if not daemon.access.admits(getattr(request, "key", ""), getattr(request, "token", "")):
+        if not daemon.access.admits(request.key, request.token):
             raise Unauthenticated
 
-    setattr(daemon.sessions, "admit", admit)  # noqa: B010
+    daemon.sessions.admit = admit
     daemon.methods = guarded(daemon, Methods(daemon).table())
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from sandboxd.access.keys import ApiKey
 from sandboxd.access.roles import KEY_ROLES, PERMISSIONS, Principal, Role
 from sandboxd.errors import Denied, Invalid, NotFound
 from sandboxd.names import shown
-from sandboxd.policy import Agent, Config
+from sandboxd.policy import Config
 
 __all__ = ["has_team", "key_role", "new_key_role", "reaches_key", "scope_of"]
 
@@ -32,7 +32,7 @@ def scope_of(config: Config, principal: Principal, agents: Collection[str]) -> t
         raise Invalid(f"name 1 to {MAX_AGENTS} agents, or none for all")
     for slug in agents:
         agent = config.agents.get(slug)
-        if agent is None or not principal.reaches(team_of(agent), slug):
+        if agent is None or not principal.reaches(agent.team, slug):
             raise NotFound(f"no agent {shown(slug)}", hint="see: sandboxctl agents")
     return tuple(sorted(set(agents)))
 
@@ -61,12 +61,7 @@ def new_key_role(
 
 def has_team(config: Config, team: str) -> bool:
     """Whether agents and keys can be of this team."""
-    known: Callable[[str], bool] | None = getattr(config.settings, "has_team", None)
-    return team == "default" if known is None else known(team)
-
-
-def team_of(agent: Agent) -> str:
-    return str(getattr(agent, "team", "default"))
+    return config.settings.has_team(team)
 
 
 def key_role(role: Any) -> Role:

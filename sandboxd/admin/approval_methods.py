@@ -104,6 +104,7 @@ def _names(question: Question) -> dict[str, Any]:
     return {
         "id": question.id,
         "agent": question.agent,
+        "team": question.team,
         "session": question.session,
         "tool": question.tool,
         "digest": question.digest,

@@ -151,9 +151,7 @@ class KeyMethods:
             "deactivated_at": iso(key.deactivated_at),
             "deactivated_by": key.deactivated_by or None,
             "replaces": key.replaces or None,
-            "sessions": [
-                one.id for one in self._daemon.sessions.live if getattr(one, "key", "") == key.id
-            ],
+            "sessions": [one.id for one in self._daemon.sessions.live if one.key == key.id],
         }
 
 

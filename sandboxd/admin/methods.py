@@ -128,11 +128,12 @@ class Methods:
             rows.append(
                 {
                     "slug": slug,
+                    "team": agent.team,
                     "description": agent.description,
                     "policy": agent.policy,
                     "tools": list(agent.tools),
-                    "variables": len(await thread(self._daemon.vault.list, slug)),
-                    "sessions": sum(s.agent.slug == slug for s in live),
+                    "variables": len(await thread(self._daemon.vault.of(agent.team).list, slug)),
+                    "sessions": sum((s.team, s.agent.slug) == (agent.team, slug) for s in live),
                 }
             )
         return Reply({"agents": rows})
@@ -196,7 +197,8 @@ class Methods:
         daemon, agent = self._daemon, known_agent(self._daemon, params)
         tool = param(params, "tool", str)
         found = explain_call(daemon.config, agent, tool, params.get("arguments", {}))
-        versions = {v.name: v.version for v in await thread(daemon.vault.list, agent.slug)}
+        variables = await thread(daemon.vault.of(agent.team).list, agent.slug)
+        versions = {v.name: v.version for v in variables}
         for item in found["inject"]:
             item["version"] = versions.get(item["variable"])
         return Reply(

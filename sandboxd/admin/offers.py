@@ -34,7 +34,7 @@ async def offered_by(
     terms = launch_terms(config, agent, server.launch)
     if terms.verdict == "deny":
         raise Denied(terms.reason, rule=terms.rule, hint=terms.hint)
-    snapshot = await thread(daemon.vault.snapshot, agent.slug)
+    snapshot = await thread(daemon.vault.of(agent.team).snapshot, agent.slug)
     chosen, missing, revoked = choose(daemon.vault, terms, snapshot)
     if missing or revoked:
         lacking = (missing or revoked)[0]
@@ -49,6 +49,7 @@ async def offered_by(
         by=by,
         server=server.name,
         agent=agent.slug,
+        team=agent.team,
         injected=[{"name": sealed.name, "version": sealed.version} for _, sealed in chosen],
     )
     return await daemon.calls.servers.probe(standing, server, chosen)

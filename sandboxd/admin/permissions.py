@@ -83,6 +83,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tools.show": Need("tools.read", "tool"),
         "tools.pins": Need("tools.read", "own"),
         "tools.run": Need("call", "place"),
+        "tools.place": Need("call", "place"),
         # Acceptances hold for every team's agents.
         "tools.inspect": Need("host", "host"),
         "tools.accept": Need("host", "host"),

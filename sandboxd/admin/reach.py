@@ -40,7 +40,7 @@ def agents_of(daemon: Daemon, principal: Principal) -> dict[str, Agent]:
     return {
         slug: agent
         for slug, agent in sorted(daemon.config.agents.items())
-        if principal.reaches(_team_of(agent), slug)
+        if principal.reaches(agent.team, slug)
     }
 
 
@@ -49,7 +49,7 @@ def sees_agent(daemon: Daemon, principal: Principal, slug: str) -> bool:
     if principal.team is None:
         return True
     agent = daemon.config.agents.get(slug)
-    return agent is not None and principal.reaches(_team_of(agent), slug)
+    return agent is not None and principal.reaches(agent.team, slug)
 
 
 def no_agent(slug: str) -> NotFound:
@@ -71,13 +71,13 @@ def sees_session(principal: Principal, session: Session | SessionRecord) -> bool
     A token's sessions are those that its own user started; without a user, those of this token.
     """
     agent = session.agent if isinstance(session, SessionRecord) else session.agent.slug
-    if not principal.reaches(_team_of(session), agent):
+    if not principal.reaches(session.team, agent):
         return False
     if principal.kind != "token":
         return True
     if principal.subject:
-        return bool(getattr(session, "subject", "") == principal.subject)
-    return bool(principal.token) and getattr(session, "token", "") == principal.token
+        return session.subject == principal.subject
+    return bool(principal.token) and session.token == principal.token
 
 
 def live_of(daemon: Daemon, principal: Principal) -> list[Session]:
@@ -150,10 +150,6 @@ def sees_record(principal: Principal, record: Mapping[str, Any]) -> bool:
     return isinstance(team, str) and principal.reaches(
         team, agent if isinstance(agent, str) else None
     )
-
-
-def _team_of(concerned: Agent | Session | SessionRecord) -> str:
-    return str(getattr(concerned, "team", "default"))
 
 
 def _matching(ids: list[str], given: str) -> list[str]:

@@ -217,6 +217,7 @@ class SessionMethods:
         return {
             "id": session.id,
             "agent": session.agent.slug,
+            "team": session.team,
             "policy": session.policy.name,
             "state": session.state,
             "pid": session.pid,
@@ -226,6 +227,9 @@ class SessionMethods:
             "exit_signal": None,
             "reason": session.stop_reason,
             "by": session.by,
+            "key": session.key or None,
+            "subject": session.subject or None,
+            "lifetime": session.lifetime,
             "calls_running": self._daemon.calls.running(session.id),
             "calls_waiting": self._daemon.calls.approvals.count(session.id),
             "lowered": list(session.terms.lowered),
@@ -242,7 +246,29 @@ def _request(caller: Caller, params: dict[str, Any]) -> Request:
         rows=bounded(params, "rows", 24),
         columns=bounded(params, "cols", 80),
         term=str(params.get("term") or ""),
+        team=caller.principal.team or "",
+        key=caller.principal.key or "",
+        token=caller.principal.token or "",
+        subject=caller.principal.subject or "",
+        environment=_environment(params),
+        lifetime=_lifetime(params),
     )
+
+
+def _environment(params: dict[str, Any]) -> dict[str, str]:
+    values = param(params, "environment", dict) if params.get("environment") is not None else {}
+    if not all(isinstance(value, str) for value in values.values()):
+        raise Invalid("parameter environment maps names to texts")
+    return values
+
+
+def _lifetime(params: dict[str, Any]) -> float | None:
+    value = params.get("lifetime")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Invalid("lifetime is a number of seconds")
+    return float(value)
 
 
 def _ended(ending: Ending) -> dict[str, Any]:
@@ -277,6 +303,7 @@ def _record_row(record: SessionRecord) -> dict[str, Any]:
     return {
         "id": record.id,
         "agent": record.agent,
+        "team": record.team,
         "policy": record.policy,
         "state": record.state,
         "pid": None,
@@ -286,6 +313,9 @@ def _record_row(record: SessionRecord) -> dict[str, Any]:
         "exit_signal": record.exit_signal,
         "reason": record.reason,
         "by": record.by,
+        "key": record.key or None,
+        "subject": record.subject or None,
+        "lifetime": None,
         "calls_running": 0,
         "calls_waiting": 0,
         "lowered": [],

@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from sandboxd.admin.params import known_agent, param, thread
-from sandboxd.admin.server import Caller, Method
+from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.result import printed
-from sandboxd.errors import Conflict, Invalid
+from sandboxd.errors import Conflict, Invalid, NotFound
+from sandboxd.names import shown
 from sandboxd.policy.decide import session_terms
 from sandboxd.running import Daemon
 
@@ -22,13 +23,28 @@ _PIECE = 1 << 20
 
 
 class ToolMethods:
-    """``tools.run``."""
+    """``tools.run`` and ``tools.place``."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
 
     def table(self) -> Mapping[str, Method]:
-        return {"tools.run": self.run}
+        return {"tools.run": self.run, "tools.place": self.place}
+
+    async def place(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """``{agent}`` or ``{session, agent?}`` to ``{agent, session}``: where tools can be called.
+
+        Does nothing: whoever may call is told the whole names, all others are refused.
+        """
+        if params.get("session") is None:
+            return Reply({"agent": known_agent(self._daemon, params).slug, "session": ""})
+        session = self._daemon.sessions.get(param(params, "session", str))
+        if params.get("agent") not in (None, session.agent.slug):
+            raise NotFound(
+                f"no live session {shown(session.id)} of agent {shown(str(params['agent']))}",
+                hint="see: sandboxctl session list",
+            )
+        return Reply({"agent": session.agent.slug, "session": session.id})
 
     async def run(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """One call: its output in pieces, then how it ended. The client's leaving cancels it.
@@ -40,9 +56,9 @@ class ToolMethods:
         if not isinstance(arguments, dict):
             raise Invalid("the arguments are a JSON object")
         session = await self._session(params)
-        await self._daemon.audit.append(
-            "tools.run", by=caller.name, agent=session.agent.slug, session=session.id, tool=tool
-        )
+        agent = session.agent
+        about = {"agent": agent.slug, "team": agent.team, "session": session.id, "tool": tool}
+        await self._daemon.audit.append("tools.run", by=caller.name, **about)
         try:
             result = await self._daemon.calls.call(session, tool, arguments)
         finally:
@@ -79,6 +95,6 @@ class ToolMethods:
                 f"the workspace of {agent.slug} is copy-on-write: each session has its own view",
                 hint="name a live session: --session ID (sandboxctl session list)",
             )
-        snapshot = await thread(self._daemon.vault.snapshot, agent.slug)
+        snapshot = await thread(self._daemon.vault.of(agent.team).snapshot, agent.slug)
         workspace = manager.workspace_of(agent, terms)
         return Standing(agent, config, snapshot, workspace)

@@ -13,13 +13,15 @@ import trio
 
 from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.errors import Invalid, SandboxdError
+from sandboxd.errors import Conflict, Invalid, SandboxdError
 from sandboxd.maskable import review
-from sandboxd.names import shown, variable_name
+from sandboxd.names import agent_slug, shown, variable_name
+from sandboxd.policy import DEFAULT_TEAM
 from sandboxd.policy.mcpserver import server_of
 from sandboxd.policy.model import SecretSpec
 from sandboxd.running import Daemon
 from sandboxd.secret import Secret
+from sandboxd.sessions.session import Session
 
 __all__ = ["VariableMethods"]
 
@@ -38,11 +40,12 @@ class VariableMethods:
         }
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        agent = known_agent(self._daemon, params).slug
-        variables = await thread(self._daemon.vault.list, agent)
+        team, agent = await self._place(params, known=True)
+        variables = await thread(self._daemon.vault.of(team).list, agent)
         return Reply(
             {
                 "agent": agent,
+                "team": team,
                 "variables": [
                     {
                         "name": v.name,
@@ -59,7 +62,8 @@ class VariableMethods:
         )
 
     async def set_(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        agent = known_agent(self._daemon, params).slug
+        found = known_agent(self._daemon, params)
+        team, agent = found.team, found.slug
         encoded = param(params, "values", dict)
         if not encoded:
             raise Invalid("no variable to set")
@@ -72,96 +76,126 @@ class VariableMethods:
             await self._daemon.audit.append(
                 "env.set",
                 agent=agent,
+                team=team,
                 names=sorted(values),
                 by=caller.name,
                 now=now,
                 forced=list(forced),
             )
-            async with self._told_when_failing("env.set", agent, caller):
-                put = partial(self._daemon.vault.set, by=caller.name)
+            async with self._told_when_failing("env.set", team, agent, caller):
+                put = partial(self._daemon.vault.of(team).set, by=caller.name)
                 versions = await thread(put, agent, values)
                 older = {name: version - 1 for name, version in versions.items()}
-                cancelled = await self._revoke(caller, agent, older) if now else 0
+                cancelled = await self._revoke(caller, team, agent, older) if now else 0
         return Reply(
             {
                 "agent": agent,
+                "team": team,
                 "versions": versions,
                 "warnings": weak + self._unused(agent, versions),
-                "live_sessions": self._holding(agent, older),
+                "live_sessions": self._holding(team, agent, older),
                 "cancelled_calls": cancelled,
             }
         )
 
     async def remove(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        agent = slug(params)
+        team, agent = await self._place(params, known=False)
+        variables = self._daemon.vault.of(team)
         names = [variable_name(name) for name in strings(params, "names")]
         now = bool(params.get("now"))
         with trio.CancelScope(shield=True):
             await self._daemon.audit.append(
-                "env.removed", agent=agent, names=sorted(names), by=caller.name, now=now
+                "env.removed", agent=agent, team=team, names=sorted(names), by=caller.name, now=now
             )
-            async with self._told_when_failing("env.removed", agent, caller):
+            async with self._told_when_failing("env.removed", team, agent, caller):
                 # What is removed already can still be taken from the sessions that hold it.
-                gone = self._held(agent, names) if now else {}
-                there = {v.name for v in await thread(self._daemon.vault.list, agent)}
+                gone = self._held(team, agent, names) if now else {}
+                there = {v.name for v in await thread(variables.list, agent)}
                 wanted = [name for name in names if name in there or name not in gone]
-                remove = partial(self._daemon.vault.remove, by=caller.name)
+                remove = partial(variables.remove, by=caller.name)
                 versions = await thread(remove, agent, wanted) if wanted else {}
                 versions = {**gone, **versions}
-                cancelled = await self._revoke(caller, agent, versions) if now else 0
+                cancelled = await self._revoke(caller, team, agent, versions) if now else 0
         return Reply(
             {
                 "agent": agent,
+                "team": team,
                 "versions": versions,
-                "live_sessions": self._holding(agent, versions),
+                "live_sessions": self._holding(team, agent, versions),
                 "cancelled_calls": cancelled,
             }
         )
 
+    async def _place(self, params: dict[str, Any], *, known: bool) -> tuple[str, str]:
+        """The team and the agent whose variables are meant.
+
+        Variables belong to the team that the agent was in when they were set. Those of a team that
+        it left, and of an agent that is configured no more, are reached by naming the team.
+        """
+        agent, config = slug(params), self._daemon.config
+        if params.get("team") is not None:
+            return agent_slug(param(params, "team", str)), agent
+        if known or agent in config.agents:
+            return known_agent(self._daemon, params).team, agent
+        teams = await thread(self._daemon.vault.teams_of, agent)
+        if len(teams) > 1:
+            raise Conflict(
+                f"agents {agent} of several teams have variables: {', '.join(teams)}",
+                hint="name one: --team TEAM",
+            )
+        return (teams or [DEFAULT_TEAM])[0], agent
+
     @asynccontextmanager
     async def _told_when_failing(
-        self, action: str, agent: str, caller: Caller
+        self, action: str, team: str, agent: str, caller: Caller
     ) -> AsyncIterator[None]:
         """An action is recorded before it happens; one that then fails is recorded as failed."""
         try:
             yield
         except SandboxdError as failure:
+            about = {"agent": agent, "team": team, "by": caller.name}
             await self._daemon.audit.append(
-                "admin.failed", action=action, agent=agent, by=caller.name, problem=failure.code
+                "admin.failed", action=action, **about, problem=failure.code
             )
             raise
 
-    async def _revoke(self, caller: Caller, agent: str, versions: Mapping[str, int]) -> int:
+    async def _revoke(
+        self, caller: Caller, team: str, agent: str, versions: Mapping[str, int]
+    ) -> int:
         """Take old versions from live sessions and kill the calls that hold them."""
         cancelled = 0
         for name, version in versions.items():
             if version < 1:
                 continue
-            await self._daemon.audit.append(
-                "env.revoked", agent=agent, name=name, up_to=version, by=caller.name
-            )
-            await thread(partial(self._daemon.vault.revoke, up_to=version), agent, name)
-            cancelled += await self._daemon.calls.cancel_using(agent, name, version)
+            about = {"agent": agent, "team": team, "name": name, "by": caller.name}
+            await self._daemon.audit.append("env.revoked", up_to=version, **about)
+            revoke = partial(self._daemon.vault.of(team).revoke, up_to=version)
+            await thread(revoke, agent, name)
+            cancelled += await self._daemon.calls.cancel_using(team, agent, name, version)
         return cancelled
 
-    def _held(self, agent: str, names: Collection[str]) -> dict[str, int]:
+    def _held(self, team: str, agent: str, names: Collection[str]) -> dict[str, int]:
         """The newest version of each name that a live session of the agent still may use."""
         held: dict[str, int] = {}
-        for session in self._daemon.sessions.live:
-            variables = session.snapshot.variables if session.agent.slug == agent else {}
+        for session in self._sessions(team, agent):
+            variables = session.snapshot.variables
             for name in variables.keys() & set(names):
                 if not self._daemon.vault.is_revoked(variables[name]):
                     held[name] = max(held.get(name, 0), variables[name].version)
         return held
 
-    def _holding(self, agent: str, versions: Mapping[str, int]) -> list[str]:
+    def _sessions(self, team: str, agent: str) -> list[Session]:
+        """Live sessions that the agent began in this team."""
+        live = self._daemon.sessions.live
+        return [s for s in live if (s.team, s.agent.slug) == (team, agent)]
+
+    def _holding(self, team: str, agent: str, versions: Mapping[str, int]) -> list[str]:
         """Live sessions whose snapshot still has one of these versions, unless it was revoked."""
         vault = self._daemon.vault
         return [
             session.id
-            for session in self._daemon.sessions.live
-            if session.agent.slug == agent
-            and any(
+            for session in self._sessions(team, agent)
+            if any(
                 (sealed := session.snapshot.variables.get(name)) is not None
                 and sealed.version <= version
                 and not vault.is_revoked(sealed)

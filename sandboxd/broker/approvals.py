@@ -346,6 +346,7 @@ def _about(waiting: Waiting) -> dict[str, JSON]:
     question = waiting.question
     return {
         "agent": question.agent,
+        "team": question.team,
         "session": question.session,
         "tool": question.tool,
         "call": question.id,

@@ -114,7 +114,7 @@ class Calls:
         )
         self._live: dict[str, _Live] = {}
         self._denials: dict[str, deque[float]] = {}
-        self._touched: dict[tuple[str, str, int], float] = {}
+        self._touched: dict[tuple[str, str, str, int], float] = {}
 
     def tools(self, session: Session) -> list[Tool]:
         """The tools that this session may see, in the order of its agent's file."""
@@ -159,17 +159,18 @@ class Calls:
                 del self._live[live.id]
                 live.ended.set()
 
-    async def cancel_using(self, agent: str, name: str, up_to: int) -> int:
+    async def cancel_using(self, team: str, agent: str, name: str, up_to: int) -> int:
         """End the calls that hold a version of the variable up to ``up_to``; how many there were.
 
         MCP servers that hold one end as well. Returns when their trees are dead.
         """
-        servers = self.servers.end_using(agent, name, up_to)
+        servers = self.servers.end_using(team, agent, name, up_to)
         ended = await self._cancel(
             [
                 live
                 for live in self._live.values()
-                if live.session.agent.slug == agent and 0 < live.versions.get(name, 0) <= up_to
+                if (live.session.agent.team, live.session.agent.slug) == (team, agent)
+                and 0 < live.versions.get(name, 0) <= up_to
             ],
             f"the variable {name} was revoked",
         )
@@ -446,16 +447,17 @@ class Calls:
 
     async def _touch(self, live: _Live) -> None:
         """Remember when the variables were last used, at most once a second for each."""
-        now = time.time()
+        now, agent = time.time(), live.session.agent
         due = [
             use
             for name, version in live.versions.items()
-            if now - self._touched.get(use := (live.session.agent.slug, name, version), 0.0)
+            if now - self._touched.get(use := (agent.team, agent.slug, name, version), 0.0)
             > _TOUCH_PAUSE
         ]
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
-            await trio.to_thread.run_sync(self._vault.touch, due, now)
+            touch = self._vault.of(agent.team).touch
+            await trio.to_thread.run_sync(touch, [use[1:] for use in due], now)
 
 
 async def _read(
@@ -500,8 +502,9 @@ def _unrecorded(live: _Live, error: StoreError) -> CallResult:
 
 
 def _who(live: _Live) -> dict[str, Any]:
-    session = live.session
-    return {"agent": session.agent.slug, "session": session.id, "tool": live.tool, "call": live.id}
+    session, agent = live.session, live.session.agent
+    about = {"agent": agent.slug, "team": agent.team, "session": session.id}
+    return {**about, "tool": live.tool, "call": live.id}
 
 
 def _new_id() -> str:

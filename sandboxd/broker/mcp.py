@@ -13,6 +13,7 @@ import re
 import select
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ from sandboxd.errors import SandboxdError
 from sandboxd.names import shown
 from sandboxd.policy.model import Tool
 
-__all__ = ["refuse_connection", "serve_connection"]
+__all__ = ["refuse_connection", "serve_connection", "tool_server"]
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,11 @@ async def serve_connection(stream: trio.SocketStream, session: Session, calls: C
     A peer that only ends its sending still gets the answers to what it asked. One that is gone
     has its calls cancelled. Never raises for anything that the peer does.
     """
-    server = _server(session, calls)
+
+    async def own() -> Session:
+        return session
+
+    server = tool_server(calls, session.agent.slug, own)
     connection = _Connection(stream)
     with _hangup(stream) as gone:
         async with trio.open_nursery() as nursery:
@@ -91,40 +96,61 @@ async def refuse_connection(stream: trio.SocketStream, error: SandboxdError) -> 
             pass
 
 
-def _server(session: Session, calls: Calls) -> Server[Any]:
+def tool_server(
+    calls: Calls,
+    agent: str,
+    session: Callable[[], Awaitable[Session]],
+    lacking: Callable[[Session, Tool], str] | None = None,
+) -> Server[Any]:
+    """The SDK's server of an agent's tools. Each request is made in what ``session`` returns then.
+
+    ``lacking`` says, in a hint, what a session lacks to use a tool at all; such tools are not
+    listed. What ``session`` raises as SandboxdError the client gets as an error of the protocol.
+    """
+
+    async def current() -> Session:
+        try:
+            return await session()
+        except SandboxdError as error:
+            data = {"hint": error.hint} if error.hint else None
+            raise MCPError(types.INVALID_REQUEST, error.message, data) from None
+
     async def list_tools(
         ctx: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[_describe(tool) for tool in calls.tools(session)])
+        now = await current()
+        tools = [t for t in calls.tools(now) if lacking is None or not lacking(now, t)]
+        return types.ListToolsResult(tools=[_describe(tool) for tool in tools])
 
     async def call_tool(
         ctx: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
     ) -> types.CallToolResult:
+        now = await current()
         progress = _progress(ctx) if ctx.meta and "progress_token" in ctx.meta else None
-        result = await calls.call(session, params.name, params.arguments or {}, progress=progress)
-        if result.outcome == "denied" and not _has_tool(calls, session, params.name):
-            # Not a result but an error of the protocol: the client named what isn't there.
-            raise MCPError(
-                types.INVALID_PARAMS,
-                f"unknown tool {shown(params.name)}",
-                {"hint": "tools/list names the tools of this session"},
-            )
+        result = await calls.call(now, params.name, params.arguments or {}, progress=progress)
+        if result.outcome == "denied":
+            tool = next((tool for tool in calls.tools(now) if tool.name == params.name), None)
+            if tool is None:
+                # Not a result but an error of the protocol: the client named what isn't there.
+                raise MCPError(
+                    types.INVALID_PARAMS,
+                    f"unknown tool {shown(params.name)}",
+                    {"hint": "tools/list names the tools of this session"},
+                )
+            if lacking is not None and (hint := lacking(now, tool)):
+                result = replace(result, hint=hint)
         return _answer(result)
 
     server: Server[Any] = Server(
         "sandboxd",
         version=__version__,
-        title=f"Tools of agent {session.agent.slug}",
+        title=f"Tools of agent {agent}",
         instructions=_INSTRUCTIONS,
         on_list_tools=list_tools,
         on_call_tool=call_tool,
     )
     server.middleware.clear()  # OpenTelemetry: would carry names and errors out of the daemon
     return server
-
-
-def _has_tool(calls: Calls, session: Session, name: str) -> bool:
-    return any(tool.name == name for tool in calls.tools(session))
 
 
 def _progress(ctx: ServerRequestContext[Any, Any]) -> Callable[[float, str], Awaitable[None]]:

@@ -55,6 +55,7 @@ class Question:
 
     id: str
     agent: str
+    team: str
     session: str
     tool: str
     description: str
@@ -173,6 +174,7 @@ def question_of(
     return Question(
         id=id,
         agent=session.agent.slug,
+        team=session.agent.team,
         session=session.id,
         tool=tool.name,
         description=tool.description,

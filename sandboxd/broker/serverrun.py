@@ -351,6 +351,7 @@ class Running:
         session = self.session
         return {
             "agent": session.agent.slug,
+            "team": session.agent.team,
             "session": session.id,
             "server": self.server.name,
             "id": self.id,

@@ -97,7 +97,7 @@ class Servers:
         """The servers that run now, of one session or of all, oldest first."""
         return [one for one in self._live.values() if session in (None, one.session.id)]
 
-    def end_using(self, agent: str, name: str, up_to: int) -> list[Running]:
+    def end_using(self, team: str, agent: str, name: str, up_to: int) -> list[Running]:
         """Begin to end the servers that hold a version of the variable up to ``up_to``.
 
         Each is dead when its ``ended`` is set.
@@ -105,7 +105,8 @@ class Servers:
         holding = [
             one
             for one in self._live.values()
-            if one.session.agent.slug == agent and 0 < one.versions.get(name, 0) <= up_to
+            if (one.session.agent.team, one.session.agent.slug) == (team, agent)
+            and 0 < one.versions.get(name, 0) <= up_to
         ]
         for one in holding:
             one.end(f"the variable {name} was revoked")
@@ -240,6 +241,7 @@ class Servers:
             await self._audit.append(
                 "call.launched",
                 agent=running.session.agent.slug,
+                team=running.session.agent.team,
                 session=running.session.id,
                 tool=tool.name,
                 call=call,
@@ -283,6 +285,7 @@ class Servers:
             await self._audit.append(
                 "server.changed",
                 agent=running.session.agent.slug,
+                team=running.session.agent.team,
                 session=running.session.id,
                 server=name,
                 id=running.id,

@@ -137,21 +137,32 @@ __sandboxctl_lookup() {
     esac
 }
 __sandboxctl() {
-    local cur=${COMP_WORDS[COMP_CWORD]} path= word agent= n=0 skip= wanted i key
+    local cur=${COMP_WORDS[COMP_CWORD]} path= word agent= n=0 skip= wanted i key glued=
     local commands options valued arguments repeats
-    local -a shared=()
+    local -a shared=() words=()
     local IFS=$' \t\n'
     COMPREPLY=()
     __sandboxctl_node ""
-    for ((i = 1; i < COMP_CWORD; i++)); do
+    # bash cuts a URL at its colons (COMP_WORDBREAKS): put it together again.
+    for ((i = 0; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
+        if [[ -n $glued || ( $i -gt 0 && $word =~ ^[:=]+$ ) ]]; then
+            words[${#words[@]} - 1]+=$word
+        else
+            words+=("$word")
+        fi
+        [[ $word =~ ^[:=]+$ ]] && glued=x || glued=
+    done
+    for word in "${words[@]:1}"; do
         if [[ -n $skip ]]; then
             [[ $skip == shared ]] && shared+=("$word")
             skip=
         elif [[ $word == -- ]]; then
             return 0
         elif [[ $word == -* ]]; then
-            if [[ " @SHARED@ " == *" $word "* ]]; then
+            if [[ $word == *=* && " @SHARED@ " == *" ${word%%=*} "* ]]; then
+                shared+=("$word")
+            elif [[ " @SHARED@ " == *" $word "* ]]; then
                 shared+=("$word") skip=shared
             elif [[ " $valued " == *" $word "* ]]; then
                 skip=other
@@ -213,6 +224,8 @@ _sandboxctl() {
             skip=
         elif [[ $word == -- ]]; then
             return
+        elif [[ $word == -*=* && " @SHARED@ " == *" ${word%%=*} "* ]]; then
+            shared+=("$word")
         elif [[ $word == -* ]]; then
             if [[ " $valued " == *" $word "* ]]; then
                 skip=other
@@ -287,6 +300,8 @@ function __sandboxctl_complete
             set skip
         else if test "$word" = --
             return
+        else if string match -q -- '-*=*' $word
+            contains -- (string replace -r '=.*' '' -- $word) @SHARED@; and set -a shared $word
         else if string match -q -- '-*' $word
             if contains -- $word $__sandboxctl_valued
                 set skip other

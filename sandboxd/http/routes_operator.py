@@ -30,6 +30,9 @@ __all__ = ["router"]
 
 _NDJSON = "application/x-ndjson"
 
+#: Seconds that whoever ends a key waits for its streams to be told.
+_FAREWELL = 1.0
+
 _log = logging.getLogger(__name__)
 
 _ERROR = {
@@ -155,6 +158,9 @@ class _Lines(_Answer):
             nursery.start_soon(self._beat)
             try:
                 await self._all()
+            except trio.Cancelled:
+                await self._tell_why()
+                raise
             except Exception as failure:  # noqa: BLE001 - as above
                 error = self._failed(failure)
                 if self._begun:
@@ -175,6 +181,15 @@ class _Lines(_Answer):
         else:
             result = await perform(*called)
         await self._line({"result": result}, more=False)
+
+    async def _tell_why(self) -> None:
+        """Say that the caller's key or token ended, where that is why nothing more comes."""
+        try:
+            self._daemon.access.check(self._principal)
+        except SandboxdError as error:
+            if self._begun:
+                with trio.move_on_after(_FAREWELL, shield=True):
+                    await self._line({"error": protocol.error_object(error)}, more=False)
 
     async def _beat(self) -> None:
         """Tell whoever is in between, and the client, that this side is alive."""

@@ -4,6 +4,7 @@ from sandboxd.policy.arguments import check_arguments, parse_arguments
 from sandboxd.policy.decide import Decision, SessionTerms, decide, session_terms
 from sandboxd.policy.loader import lint_tools, load_config, load_settings
 from sandboxd.policy.model import (
+    DEFAULT_TEAM,
     Agent,
     Annotations,
     Concurrency,
@@ -16,6 +17,7 @@ from sandboxd.policy.model import (
     SecretSpec,
     Settings,
     Stdin,
+    Team,
     Tool,
     UidRange,
     Workspace,
@@ -24,6 +26,7 @@ from sandboxd.policy.problems import ConfigErrors
 from sandboxd.policy.toolcheck import check_program
 
 __all__ = [
+    "DEFAULT_TEAM",
     "Agent",
     "Annotations",
     "Concurrency",
@@ -39,6 +42,7 @@ __all__ = [
     "SessionTerms",
     "Settings",
     "Stdin",
+    "Team",
     "Tool",
     "UidRange",
     "Workspace",

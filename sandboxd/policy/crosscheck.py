@@ -163,6 +163,14 @@ def _check_agent(
     problems: Problems,
 ) -> None:
     file = document.file
+    if not loaded.settings.has_team(agent.team) and not loaded.broken_settings:
+        problems.add(
+            file,
+            document.at(("team",)),
+            f"no team '{agent.team}'",
+            nearest(agent.team, loaded.settings.teams)
+            or f"add it in sandboxd.yaml: teams: {{{agent.team}: {{name: ...}}}}",
+        )
     if not agent.command or not agent.command[0]:
         problems.add(file, document.at(("command",)), "expected at least a program in command")
     check_environment(agent.environment, agent.allow_environment, document, problems, refuse=True)

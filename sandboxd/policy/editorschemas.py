@@ -55,6 +55,7 @@ _SECTIONS = {
     "SecretSpec": "secrets",
     "Mount": "mounts",
     "UidRange": "uid_range",
+    "Team": "teams",
     "HttpSettings": "http",
     "HttpLimits": "http limits",
 }

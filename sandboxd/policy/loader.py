@@ -40,6 +40,8 @@ class Loaded:
 
     settings: Settings = field(default_factory=Settings)
     settings_document: Document | None = None
+    #: sandboxd.yaml is there and wrong: already reported, so what it lacks is not "missing".
+    broken_settings: bool = False
     agents: dict[str, tuple[Agent, Document]] = field(default_factory=dict)
     tools: dict[str, tuple[Tool, Document]] = field(default_factory=dict)
     servers: dict[str, tuple[McpServer, Document]] = field(default_factory=dict)
@@ -149,11 +151,10 @@ class _Loader:
         path = self.directory / "sandboxd.yaml"
         if os.path.lexists(path):
             document = self._document(path, "sandboxd.yaml", shipped=False)
-            if document is not None:
-                self.loaded.settings_document = document
-                self.loaded.settings = (
-                    structure(document, Settings, self.problems) or self.loaded.settings
-                )
+            settings = structure(document, Settings, self.problems) if document else None
+            self.loaded.settings_document = document
+            self.loaded.broken_settings = settings is None
+            self.loaded.settings = settings or self.loaded.settings
 
     def _policies(self, directory: Path, *, shipped: bool) -> None:
         for path, name in self._yaml_files(directory, "policies"):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sandboxd.policy.mcpserver import McpServer
 
 __all__ = [
+    "DEFAULT_TEAM",
     "Agent",
     "Annotations",
     "ApprovalSettings",
@@ -58,6 +59,7 @@ __all__ = [
     "SecretSpec",
     "Settings",
     "Stdin",
+    "Team",
     "Tls",
     "Tool",
     "UidRange",
@@ -70,6 +72,8 @@ Network = Literal["none", "host"]
 OutputFormat = Literal["auto", "text", "json", "binary"]
 #: What becomes of a call: it runs, it doesn't, or an operator is asked first.
 Verdict = Literal["allow", "deny", "ask"]
+#: The team of agents whose files name none.
+DEFAULT_TEAM = Slug("default")
 #: What may be done with a workspace, least first. ``overlay``: everything, and nothing lands.
 Access = Literal["none", "ro", "overlay", "rw"]
 Bound = TypeVar("Bound", bound=float)  # int is fine where float is (PEP 484)
@@ -218,6 +222,13 @@ class ApprovalSettings:
 
 
 @attrs.frozen
+class Team:
+    """Who shares agents, their variables, sessions and records, and sees nobody else's."""
+
+    name: Line
+
+
+@attrs.frozen
 class Tls:
     """A certificate (with its chain) and its private key, as PEM files."""
 
@@ -251,7 +262,7 @@ class HttpSettings:
 
 @attrs.frozen
 class Settings:
-    """sandboxd.yaml."""
+    """sandboxd.yaml. The team ``default`` is there without being named."""
 
     key: Key | None = None  # None: the daemon's default
     user: str = "sandboxd"
@@ -261,7 +272,12 @@ class Settings:
     max_concurrent_calls: Count = Count(16)
     uid_range: UidRange = UidRange(first=DEFAULT_FIRST, count=Count(DEFAULT_COUNT))
     approvals: ApprovalSettings = ApprovalSettings()
+    teams: Mapping[Slug, Team] = attrs.field(factory=_empty)
     http: HttpSettings | None = None  # None: not served
+
+    def has_team(self, team: str) -> bool:
+        """Whether agents and keys can be of this team."""
+        return team == DEFAULT_TEAM or team in self.teams
 
 
 @attrs.frozen
@@ -291,6 +307,7 @@ class Agent:
 
     description: Line
     command: tuple[str, ...]
+    team: Slug = DEFAULT_TEAM
     args_allowed: bool = False
     policy: Slug = Slug("default")
     tools: tuple[ToolName, ...] = ()

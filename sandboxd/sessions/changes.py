@@ -36,6 +36,7 @@ from sandboxd.isolation.uids import UidPool
 from sandboxd.isolation.wire import LaunchSpec, MountSpec, OverlaySpec
 from sandboxd.names import shown
 from sandboxd.paths import Paths
+from sandboxd.policy.model import DEFAULT_TEAM
 from sandboxd.sessions.helper import ask
 from sandboxd.sessions.landing import CHANGES, KEPT, WORKSPACE
 from sandboxd.sessions.trees import is_empty, remove
@@ -69,6 +70,7 @@ class Layers:
     quota: int
     state: State
     why: str = ""
+    team: str = DEFAULT_TEAM
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Changes:
         self._landing: set[str] = set()  # workspaces that are changing now
 
     async def begin(
-        self, session: str, agent: str, workspace: Path, *, quota: int, uid: int
+        self, session: str, agent: str, team: str, workspace: Path, *, quota: int, uid: int
     ) -> int:
         """Make a copy-on-write view of ``workspace``; returns the mount namespace that holds it.
 
@@ -105,7 +107,7 @@ class Changes:
         layers = self._layers(session)
         try:
             since = await trio.to_thread.run_sync(_make, layers, workspace)
-            self._write(Layers(session, agent, str(workspace), since, quota, "live"))
+            self._write(Layers(session, agent, str(workspace), since, quota, "live", team=team))
             spec = LaunchSpec(
                 id=session,
                 argv=(b"/nothing",),
@@ -182,7 +184,7 @@ class Changes:
         What can't be applied for another reason is in the result's ``failed``.
         """
         layers = self._reviewable(session)
-        who: dict[str, Any] = {"session": session, "agent": layers.agent, "by": by}
+        who = {**_about(layers), "by": by}
         # What has begun goes to its end, also when the operator leaves.
         with trio.CancelScope(shield=True):
             async with self._alone(session, landing=layers):
@@ -208,9 +210,7 @@ class Changes:
         layers = self._reviewable(session)
         _refuse_running(layers)
         async with self._alone(session):
-            await self._audit.append(
-                "session.discarded", session=session, agent=layers.agent, by=by
-            )
+            await self._audit.append("session.discarded", **_about(layers), by=by)
             await trio.to_thread.run_sync(remove, self._layers(session))
             self._write(replace(layers, state="discarded", why=f"by {by}"))
 
@@ -362,6 +362,10 @@ def _refuse_running(layers: Layers) -> None:
             f"{layers.session} is still running, and may change what is reviewed",
             hint=f"end it first: sandboxctl session stop {layers.session}",
         )
+
+
+def _about(layers: Layers) -> dict[str, Any]:
+    return {"session": layers.session, "agent": layers.agent, "team": layers.team}
 
 
 def _make(layers: Path, workspace: Path) -> int:

@@ -11,23 +11,22 @@ import contextlib
 import logging
 import shutil
 import signal
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import trio
 
 from sandboxd.audit import AuditLog
-from sandboxd.errors import Conflict, KernelError, NotFound, SandboxdError, Unavailable
+from sandboxd.errors import Conflict, Invalid, KernelError, NotFound, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, Process
 from sandboxd.isolation.uids import UidPool
 from sandboxd.names import agent_slug, new_session_id, shown
 from sandboxd.paths import Paths
-from sandboxd.policy import Agent, Config
+from sandboxd.policy import DEFAULT_TEAM, Agent, Config
 from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
 from sandboxd.sessions.changes import Changes
@@ -35,10 +34,10 @@ from sandboxd.sessions.exec import Execs
 from sandboxd.sessions.files import Files
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
+from sandboxd.sessions.records import Records
 from sandboxd.sessions.session import Ending, Session
 from sandboxd.sessions.spec import agent_spec, check_agent
-from sandboxd.vault.store import SessionRecord
-from sandboxd.vault.vault import Vault
+from sandboxd.vault.vault import Snapshot, Vault
 
 __all__ = ["Manager", "Request", "Started"]
 
@@ -47,6 +46,9 @@ MAX_LOGS = 100
 
 #: How long a stopped agent has to leave by itself.
 GRACE_SECONDS = 5.0
+
+#: A session that is to end by itself ends within a month.
+MAX_LIFETIME = 31 * 86_400
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +73,16 @@ class Request:
     rows: int = 24
     columns: int = 80
     term: str = ""
+    #: Who asks belongs to this team; agents of others are as unknown to it. "": to none.
+    team: str = ""
+    #: The API key, token and application's user that the session rests on.
+    key: str = ""
+    token: str = ""
+    subject: str = ""
+    #: Plain variables for the agent, of this session alone. Not for secrets: the agent sees them.
+    environment: Mapping[str, str] = field(default_factory=dict)
+    #: Seconds until it is stopped.
+    lifetime: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class Manager:
         bridge: bytes,
         nursery: trio.Nursery,
     ) -> None:
-        self._paths, self._config, self._vault, self._audit = paths, config, vault, audit
+        self._paths, self._config, self._vault = paths, config, vault
         self._launcher, self._uids, self._serve, self._bridge = launcher, uids, serve, bridge
         self._nursery = nursery
         #: What sessions changed in copy-on-write workspaces.
@@ -107,8 +119,10 @@ class Manager:
         #: What is in the workspaces of live sessions.
         self.files = Files(launcher=launcher, uids=uids, audit=audit)
         self._closing = False
-        self._starting = 0
-        self._unwritten: list[SessionRecord] = []
+        #: Asked at the moment that a session takes its place: raises when it may not any more,
+        #: because what it rests on ended while the request was on its way.
+        self.admit: Callable[[Request], None] = lambda request: None
+        self._records = Records(vault, audit)
         self._live: dict[str, Session] = {}
         self._recorders: dict[str, Recorder] = {}
 
@@ -131,13 +145,26 @@ class Manager:
         """The recorder of a live detached session."""
         return self._recorders.get(id)
 
+    def _agent(self, config: Config, request: Request) -> Agent:
+        agent = config.agents.get(agent_slug(request.agent))
+        if agent is not None and request.team in ("", agent.team):
+            return agent
+        known = [slug for slug, one in config.agents.items() if request.team in ("", one.team)]
+        where = "" if request.team else f"; add one in {self._paths.config}/agents/"
+        raise NotFound(
+            f"no agent {shown(request.agent)}",
+            hint="known agents: " + (", ".join(sorted(known)) or f"none{where}"),
+        )
+
     def workspace_of(self, agent: Agent, terms: SessionTerms) -> Path | None:
         """The host directory that becomes /workspace; the default one is made here."""
         wanted = agent.workspace
         if terms.workspace == "none":
             return None
         if wanted.path is None:
-            path = self._paths.workspaces / agent.slug
+            # No slug has a dot: neither team nor agent can be taken for another.
+            own = agent.slug if agent.team == DEFAULT_TEAM else f"{agent.team}.{agent.slug}"
+            path = self._paths.workspaces / own
             _make(path)
             return path
         return Path(wanted.path)
@@ -152,17 +179,8 @@ class Manager:
         if self._closing:
             raise _stopping()
         config = self._config()
-        agent = config.agents.get(agent_slug(request.agent))
-        if agent is None:
-            raise NotFound(
-                f"no agent {shown(request.agent)}",
-                hint="known agents: "
-                + (
-                    ", ".join(sorted(config.agents))
-                    or f"none; add one in {self._paths.config}/agents/"
-                ),
-            )
-        if len(self._live) + self._starting >= config.settings.max_sessions:
+        agent = self._agent(config, request)
+        if len(self._live) >= config.settings.max_sessions:
             raise Conflict(
                 f"{config.settings.max_sessions} sessions are running, which is the limit",
                 hint="stop one (sandboxctl session stop), or raise max_sessions in sandboxd.yaml",
@@ -170,22 +188,19 @@ class Manager:
         policy = config.policies[agent.policy]
         terms = session_terms(config, agent)
         offered = provided(terms.network, self._launcher)
-        check_agent(agent, policy, terms, request.args, offered)
+        check_agent(agent, policy, terms, request.args, request.environment, offered)
+        if request.lifetime is not None and not 0 < request.lifetime <= MAX_LIFETIME:
+            raise Invalid(f"a session's lifetime is more than 0 and at most {MAX_LIFETIME:,} s")
+        self.admit(request)
         id = new_session_id()
-        self._starting += 1  # a place is taken before the first await, so the limit holds
-        try:
-            snapshot = await trio.to_thread.run_sync(self._vault.snapshot, agent.slug)
-        finally:
-            self._starting -= 1
-        if self._closing:
-            raise _stopping()
+        # A place is taken before the first await: the limit holds, and stop_where finds it.
         session = Session(
             id=id,
             agent=agent,
             config=config,
             policy=policy,
             terms=terms,
-            snapshot=snapshot,
+            snapshot=Snapshot(agent.team, agent.slug, {}),
             uid=self._uids.acquire(),
             workspace=None,
             directory=self._paths.sessions / id,
@@ -193,8 +208,25 @@ class Manager:
             args=request.args,
             tty=request.tty,
             attached=request.attach,
+            key=request.key,
+            token=request.token,
+            subject=request.subject,
+            environment=dict(request.environment),
+            lifetime=request.lifetime,
         )
         self._live[id] = session
+        try:
+            variables = self._vault.of(agent.team)
+            session.snapshot = await trio.to_thread.run_sync(variables.snapshot, agent.slug)
+            if self._closing:
+                raise _stopping()
+            if session.stop_reason:
+                raise _stopped_early(session)
+        except BaseException as failure:
+            session.ending = _failed_start(failure)
+            self._forget(session)
+            session.ended.set()
+            raise
         try:
             fds: tuple[int, ...] = await self._nursery.start(
                 self._run, session, request, name=f"session {id}"
@@ -228,6 +260,22 @@ class Manager:
             if not session.ended.is_set():
                 await process.kill()
 
+    async def stop_where(
+        self, predicate: Callable[[Session], bool], reason: str, grace: float = 0.0
+    ) -> list[Session]:
+        """End every session that matches, all at once; returns them when they have ended.
+
+        Once asked for it happens, also when who asked is gone. One that is still starting ends
+        before its program does anything.
+        """
+        found = [session for session in self.live if predicate(session)]
+        for session in found:
+            session.stop_reason = session.stop_reason or reason
+            self._nursery.start_soon(self._end, session, grace)
+        for session in found:
+            await session.ended.wait()
+        return found
+
     async def stop_all(self, *, reason: str, grace: float = GRACE_SECONDS) -> None:
         """Refuse new sessions and end every live one."""
         self._closing = True
@@ -241,18 +289,12 @@ class Manager:
         Their processes are gone already: the launcher was their pid namespace's init, and it ends
         with the daemon, however that one died.
         """
-        leftover = await trio.to_thread.run_sync(partial(self._vault.sessions, include_ended=False))
-        for record in leftover:
-            ended = _ended(record, Ending(None, None, "the daemon died"))
-            await self._audit.append(
-                "session.ended", session=record.id, agent=record.agent, reason="the daemon died"
-            )
-            await trio.to_thread.run_sync(self._vault.put_session, ended)
+        leftover = await self._records.close_leftovers()
         self._paths.sessions.mkdir(mode=0o700, parents=True, exist_ok=True)
         for directory in self._paths.sessions.iterdir():
             shutil.rmtree(directory, ignore_errors=True)
         await trio.to_thread.run_sync(self._prune_logs)
-        return [record.id for record in leftover]
+        return leftover
 
     async def _run(
         self,
@@ -275,7 +317,7 @@ class Manager:
                 session.workspace = self.workspace_of(session.agent, session.terms)
                 _make(session.directory)
                 undo.callback(shutil.rmtree, session.directory, ignore_errors=True)
-                await self._note_start(session)
+                await self._records.started(session)
                 try:
                     async with self._view(session):
                         await self._live_through(session, request, running)
@@ -283,7 +325,7 @@ class Manager:
                     session.ending = session.ending or _failed_start(failure)
                     raise
                 finally:
-                    await self._note_end(session)
+                    await self._records.ended(session)
         except Exception as failure:
             if not started:
                 raise
@@ -302,6 +344,7 @@ class Manager:
         session.overlay = await self.changes.begin(
             session.id,
             session.agent.slug,
+            session.team,
             session.workspace,
             quota=session.agent.workspace.quota or 0,
             uid=session.uid,
@@ -321,11 +364,17 @@ class Manager:
             fds = await self._launch(session, request, serving)
             session.tasks = serving
             running(fds)
+            if session.lifetime is not None:
+                serving.start_soon(self._end_in_time, session, session.lifetime)
             try:
                 await self._until_end(session)
             finally:
                 session.tasks = None
             serving.cancel_scope.cancel()
+
+    async def _end_in_time(self, session: Session, lifetime: float) -> None:
+        await trio.sleep(lifetime)
+        await self.stop(session, reason="its time is over")
 
     async def _launch(
         self, session: Session, request: Request, serving: trio.Nursery
@@ -347,11 +396,9 @@ class Manager:
                 extra=(session.overlay,) if session.overlay >= 0 else (),
             )
             if session.stop_reason or self._closing:
-                raise Unavailable(
-                    f"the session was stopped while it started: {session.stop_reason}"
-                )
+                raise _stopped_early(session)
             ends.close_child()
-            await self._keep(session, "running")
+            await self._records.keep(session, "running")
             if request.attach:
                 return ends.take_operator()
             recorder = self._recorders[session.id] = Recorder(self._paths.logs / session.id)
@@ -384,64 +431,6 @@ class Manager:
                     async with recorder.changed:
                         await recorder.changed.wait()
 
-    async def _note_start(self, session: Session) -> None:
-        await self._audit.append(
-            "session.started",
-            session=session.id,
-            agent=session.agent.slug,
-            policy=session.policy.name,
-            by=session.by,
-            generation=session.config.generation,
-            workspace=str(session.workspace or ""),
-            network=session.terms.network,
-            lowered=list(session.terms.lowered),
-            variables={name: v.version for name, v in session.snapshot.variables.items()},
-        )
-        await self._keep(session, "starting")
-
-    async def _note_end(self, session: Session) -> None:
-        ending = session.ending
-        assert ending is not None
-        with trio.CancelScope(shield=True):
-            try:
-                await self._audit.append(
-                    "session.ended",
-                    session=session.id,
-                    agent=session.agent.slug,
-                    exit_code=ending.code,
-                    signal=ending.signal,
-                    reason=ending.reason,
-                    seconds=round(ending.at - session.started_at, 3),
-                )
-            finally:
-                await self._keep(session, "ended")
-
-    async def _keep(self, session: Session, state: str) -> None:
-        ending = session.ending
-        record = SessionRecord(
-            id=session.id,
-            agent=session.agent.slug,
-            policy=session.policy.name,
-            state=state,
-            started_at=session.started_at,
-            ended_at=ending.at if ending else None,
-            exit_code=ending.code if ending else None,
-            exit_signal=ending.signal if ending else None,
-            reason=ending.reason if ending else "",
-            by=session.by,
-            variables={name: v.version for name, v in session.snapshot.variables.items()},
-            workspace=str(session.workspace or ""),
-        )
-        try:
-            await trio.to_thread.run_sync(self._vault.put_session, record)
-            while self._unwritten:  # what a full disk kept from being written
-                await trio.to_thread.run_sync(self._vault.put_session, self._unwritten[0])
-                del self._unwritten[0]
-        except SandboxdError:
-            if ending is not None:
-                self._unwritten.append(record)
-            raise
-
     def _prune_logs(self) -> None:
         """Keep the recorded output of the newest sessions; the disk is not the agents'."""
         with contextlib.suppress(FileNotFoundError):
@@ -466,6 +455,10 @@ async def _ending_of(process: Process, session: Session) -> Ending:
     return Ending(exit.code, exit.signal, reason)
 
 
+def _stopped_early(session: Session) -> Unavailable:
+    return Unavailable(f"the session was stopped while it started: {session.stop_reason}")
+
+
 def _stopping() -> Unavailable:
     return Unavailable("the daemon is stopping and starts nothing any more")
 
@@ -484,21 +477,6 @@ def _failed_start(failure: BaseException) -> Ending:
     if isinstance(failure, KernelError):
         return Ending(None, None, f"failed to start: {failure.message}")
     return Ending(None, None, f"failed to start: {_name(failure)}")
-
-
-def _ended(record: SessionRecord, ending: Ending) -> SessionRecord:
-    fields: dict[str, Any] = {
-        "state": "ended",
-        "ended_at": time.time(),
-        "exit_code": ending.code,
-        "exit_signal": ending.signal,
-        "reason": ending.reason,
-    }
-    return SessionRecord(**{**_fields(record), **fields})
-
-
-def _fields(record: SessionRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in SessionRecord.__annotations__}
 
 
 def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,14 @@ class Session:
     args: tuple[str, ...]
     tty: bool
     attached: bool
+    #: On whose API key, token and application's user it rests; "" where on none.
+    key: str = ""
+    token: str = ""
+    subject: str = ""
+    #: Plain variables of this session alone, besides those of the agent's file.
+    environment: Mapping[str, str] = field(default_factory=dict)
+    #: Seconds until it is stopped; None: it runs as long as it likes.
+    lifetime: float | None = None
     started_at: float = field(default_factory=time.time)
     #: The mount namespace that holds the copy-on-write view of the workspace; -1: there is none.
     overlay: int = -1
@@ -52,6 +61,11 @@ class Session:
     stop_reason: str = ""
     ending: Ending | None = None
     ended: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def team(self) -> str:
+        """The agent's team when the session started."""
+        return self.agent.team
 
     @property
     def pid(self) -> int:

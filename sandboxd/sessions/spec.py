@@ -6,16 +6,18 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 
 from sandboxd.errors import Denied, Invalid
 from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import python_mounts
 from sandboxd.isolation.wire import FileSpec, LaunchSpec, Limits, MountSpec
+from sandboxd.names import loader_reason, variable_name, variable_value
 from sandboxd.policy import Agent, Policy
 from sandboxd.policy import Limits as PolicyLimits
 from sandboxd.policy.decide import SessionTerms
+from sandboxd.policy.model import place
 from sandboxd.sessions.session import Session
 
 __all__ = ["BRIDGE", "HOME", "SOCKET", "WORKSPACE", "agent_spec", "check_agent", "launch_limits"]
@@ -27,6 +29,10 @@ BRIDGE = "/run/sandboxd/bin/sandboxd-mcp"
 
 _BRIDGE_PROGRAM = "/run/sandboxd/lib/bridge.py"
 
+#: Variables that a session may have of its own, and their size: execve(2) takes them all at once.
+MAX_VARIABLES = 128
+MAX_ENVIRONMENT = 64 << 10
+
 _TERM = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
 
 
@@ -35,6 +41,7 @@ def check_agent(
     policy: Policy,
     terms: SessionTerms,
     args: tuple[str, ...],
+    environment: Mapping[str, str],
     offered: Collection[str],
 ) -> None:
     """Refuse what the agent's file or policy does not allow, before anything is made.
@@ -49,6 +56,7 @@ def check_agent(
         )
     if any("\0" in arg for arg in args):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
+    check_environment(agent, environment)
     missing = [feature for feature in terms.require if feature not in offered]
     if missing:
         raise Denied(
@@ -56,6 +64,37 @@ def check_agent(
             rule=f"{policy.source}: require",
             hint="see what this host offers: sandboxctl doctor; or lower it by name, in a policy "
             f"that extends this one: lower: [{', '.join(missing)}]",
+        )
+
+
+def check_environment(agent: Agent, environment: Mapping[str, str]) -> None:
+    """Refuse variables of one session that steer a loader or replace what the agent's file fixes.
+
+    Raises Denied or Invalid naming the variable, never its value.
+    """
+    for name, value in environment.items():
+        variable_name(name)
+        if reason := loader_reason(name):
+            raise Denied(
+                f"{name} can't be set for a session: {reason}",
+                hint=f"if it must be, it is a matter of {agent.source}: allow_environment",
+            )
+        if name in agent.environment:
+            raise Denied(
+                f"{name} is fixed for agent {agent.slug}",
+                rule=place(agent, "environment"),
+                hint="give the session's variable another name",
+            )
+        try:
+            variable_value(name, value.encode())
+        except UnicodeEncodeError:
+            raise Invalid(f"the value of {name} is not text") from None
+    size = sum(len(name) + len(value.encode()) for name, value in environment.items())
+    if len(environment) > MAX_VARIABLES or size > MAX_ENVIRONMENT:
+        raise Invalid(
+            f"a session takes at most {MAX_VARIABLES} variables of its own, "
+            f"{MAX_ENVIRONMENT >> 10} KiB together",
+            hint="keep what is larger in a file of the workspace",
         )
 
 
@@ -77,6 +116,7 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
         "SANDBOXD_AGENT": agent.slug,
         "SANDBOXD_SOCKET": SOCKET,
         **agent.environment,
+        **session.environment,
     }
     if session.tty:
         environment["TERM"] = term if _TERM.fullmatch(term) else "xterm"

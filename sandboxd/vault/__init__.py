@@ -2,7 +2,7 @@
 
 from sandboxd.vault.custody import KeySource, MasterKey, create_key_file, load_master_key
 from sandboxd.vault.store import SessionRecord
-from sandboxd.vault.vault import Sealed, Snapshot, Variable, Vault
+from sandboxd.vault.vault import Sealed, Snapshot, TeamVault, Variable, Vault
 
 __all__ = [
     "KeySource",
@@ -10,6 +10,7 @@ __all__ = [
     "Sealed",
     "SessionRecord",
     "Snapshot",
+    "TeamVault",
     "Variable",
     "Vault",
     "create_key_file",

@@ -31,10 +31,14 @@ from sandboxd.vault.store import (
     VariableRow,
 )
 
-__all__ = ["Change", "Ledger", "corrupted"]
+__all__ = ["Change", "Ledger", "Where", "corrupted"]
 
 _INTEGRITY, _DATA = "integrity", "data"
 _RESTORE = "restore the store from a backup"
+
+
+#: Team, agent and name of a variable.
+Where = tuple[str, str, str]
 
 
 @dataclass
@@ -53,20 +57,21 @@ class Ledger:
         store: Store,
         guard: Guard,
         key: MasterKey,
-        team: str,
         clock: Callable[[], float],
     ) -> None:
         """Unlock the store, or set up a new one, and authenticate every row. Raises StoreError."""
-        self._store, self._guard, self._team, self._clock = store, guard, team, clock
+        self._store, self._guard, self._clock = store, guard, clock
         self.lock = threading.RLock()
         self._wrap = Box(Secret(key.derive("wrap")))
-        self._boxes: dict[int, Box] = {}  # by key id; retired ones still open live snapshots
-        self._key_id = 0
+        #: By team and key id; retired ones still open live snapshots.
+        self._boxes: dict[tuple[str, int], Box] = {}
+        self._key_ids: dict[str, int] = {}  # of each team's current data key
         self._generation = 0
         self._guard_missing = self._guard_failed = ""
         with store.transaction(write=True) as tx:
             mark = guard.read()
             header = tx.header()
+            fresh = header is None
             if header is None:
                 if tx.key_rows() or any(True for _ in tx.digests()) or tx.api_key_rows():
                     raise StoreError("the store is corrupted: its header is gone", hint=_RESTORE)
@@ -82,15 +87,11 @@ class Ledger:
             header = self._verified(tx)
             if mark is not None:
                 guard.check(mark, header.store, header.generation, self._guards)
-            elif header.generation > 1:
+            elif not fresh:
                 self._guard_missing = (
                     f"the rollback guard {guard.path} was missing and is made anew: whether the "
                     "store was rolled back can't be told"
                 )
-            if not self._key_id:
-                tx.put_key(self._wrapped(self._key_row(_DATA, team, 1), new_key(), header))
-                header = self._put_header(tx, header)
-                self._verified(tx)
             self._generation = header.generation
         self._mark(header)
 
@@ -127,9 +128,9 @@ class Ledger:
         with self.lock, self._store.transaction(write=write) as tx:
             yield tx
 
-    def row(self, tx: Transaction, agent: str, name: str) -> VariableRow | None:
+    def row(self, tx: Transaction, team: str, agent: str, name: str) -> VariableRow | None:
         """The authenticated row of a variable, live or removed."""
-        row = tx.row(self._team, agent, name)
+        row = tx.row(team, agent, name)
         if row is not None:
             self.check(row)
         return row
@@ -194,23 +195,34 @@ class Ledger:
         row = dataclasses.replace(self._key_row(purpose, "", key_id), created_at=at)
         change.tx.put_key(self._wrapped(row, key, change.header))
 
-    def seal(self, agent: str, name: str, version: int, value: Secret) -> tuple[int, bytes, bytes]:
-        """Key id, nonce and ciphertext under the current data key. Only inside a change."""
-        bound = self._bound(agent, name, version, self._key_id)
-        return self._key_id, *self._boxes[self._key_id].seal(value, bound)
+    def data_key(self, change: Change, team: str) -> tuple[int, Box]:
+        """Id and box of the team's current data key, made when it has none yet."""
+        key_id = self._key_ids.get(team, 0)
+        if key_id:
+            return key_id, self._boxes[team, key_id]
+        key = new_key()
+        change.tx.put_key(self._wrapped(self._key_row(_DATA, team, 1), key, change.header))
+        return 1, Box(key)  # remembered when it is read back: this change may still fail
+
+    def seal(
+        self, using: tuple[int, Box], where: Where, version: int, value: Secret
+    ) -> tuple[int, bytes, bytes]:
+        """Key id, nonce and ciphertext under a data key of the team."""
+        key_id, box = using
+        return key_id, *box.seal(value, _bound(where, version, key_id))
 
     def open(
-        self, agent: str, name: str, version: int, key_id: int, nonce: bytes, sealed: bytes
+        self, where: Where, version: int, key_id: int, nonce: bytes, sealed: bytes
     ) -> Secret | None:
         """The value, or None when it doesn't authenticate. Takes no lock, reads no disk."""
-        box = self._boxes.get(key_id)
+        box = self._boxes.get((where[0], key_id))
         if box is None:
             return None
-        return box.open(nonce, sealed, self._bound(agent, name, version, key_id))
+        return box.open(nonce, sealed, _bound(where, version, key_id))
 
-    def fingerprint(self, agent: str, value: Secret) -> str:
+    def fingerprint(self, team: str, agent: str, value: Secret) -> str:
         """16 hex digits: equal for equal values of one agent, useless without the key."""
-        return self._fingerprints.of_value(value, self._team, agent).hex()[:16]
+        return self._fingerprints.of_value(value, team, agent).hex()[:16]
 
     def subkey(self, purpose: str) -> Secret:
         return Secret(self._subkeys.of(purpose))
@@ -227,23 +239,29 @@ class Ledger:
             self._wrap = box
 
     def rotate(self) -> None:
-        """Seal every value of the team under a new data key and drop the old one."""
+        """Seal every value of every team under a new data key of it and drop the old ones."""
         with self.change() as change:
-            tx, old, key_id, key = change.tx, self._key_id, self._key_id + 1, new_key()
-            tx.put_key(self._wrapped(self._key_row(_DATA, self._team, key_id), key, change.header))
-            box = Box(key)
-            names = [(agent, name) for team, agent, name, _ in tx.digests() if team == self._team]
-            for agent, name in names:
-                row = self.row(tx, agent, name)
-                if row is None or not row.live:
-                    continue
-                value = self.open(agent, name, row.version, old, row.nonce, row.ciphertext)
-                if value is None:
-                    raise corrupted(row, "its value does not authenticate")
-                nonce, sealed = box.seal(value, self._bound(agent, name, row.version, key_id))
-                moved = dataclasses.replace(row, key_id=key_id, nonce=nonce, ciphertext=sealed)
-                tx.put_row(self.signed(moved))
-            tx.delete_key(_DATA, self._team, old)
+            tx = change.tx
+            places = [(team, agent, name) for team, agent, name, _ in tx.digests()]
+            for team, old in self._key_ids.items():
+                key = new_key()
+                row = self._key_row(_DATA, team, old + 1)
+                tx.put_key(self._wrapped(row, key, change.header))
+                for where in places:
+                    if where[0] == team:
+                        self._reseal(tx, where, old, (old + 1, Box(key)))
+                tx.delete_key(_DATA, team, old)
+
+    def _reseal(self, tx: Transaction, where: Where, old: int, using: tuple[int, Box]) -> None:
+        row = self.row(tx, *where)
+        if row is None or not row.live:
+            return
+        value = self.open(where, row.version, old, row.nonce, row.ciphertext)
+        if value is None:
+            raise corrupted(row, "its value does not authenticate")
+        key_id, nonce, sealed = self.seal(using, where, row.version, value)
+        moved = dataclasses.replace(row, key_id=key_id, nonce=nonce, ciphertext=sealed)
+        tx.put_row(self.signed(moved))
 
     def close(self) -> None:
         with self.lock:
@@ -251,7 +269,7 @@ class Ledger:
             self._store.close()
 
     def _create(self, tx: Transaction, key: MasterKey) -> Header:
-        """Header and integrity key of a new store; the digest comes with the first data key."""
+        """Header and integrity key of a new store. A data key comes with a team's first value."""
         header = Header(os.urandom(16), float(self._clock()), _key_check(key), 0, b"")
         integrity = new_key()
         tx.put_key(self._wrapped(self._key_row(_INTEGRITY, "", 1), integrity, header))
@@ -293,12 +311,8 @@ class Ledger:
             raise StoreError("the store is corrupted: its header is gone", hint=_RESTORE)
         keys = tx.key_rows()
         for row in keys:
-            known = row.team == self._team and row.id in self._boxes
-            if row.purpose != _DATA or known:
-                continue
-            box = Box(self._unwrapped(row, header))
-            if row.team == self._team:
-                self._boxes[row.id] = box
+            if row.purpose == _DATA and (row.team, row.id) not in self._boxes:
+                self._boxes[row.team, row.id] = Box(self._unwrapped(row, header))
         if not self._whole.matches(header.digest, *_whole_fields(tx, header)):
             raise StoreError(
                 "the store is corrupted: a variable or key was removed, added or put back to an "
@@ -311,8 +325,8 @@ class Ledger:
                 f"{self._generation}",
                 hint="stop sandboxd before touching its store",
             )
-        ids = [row.id for row in keys if (row.purpose, row.team) == (_DATA, self._team)]
-        self._key_id = max(ids, default=0)
+        # In the order of their ids: the newest of a team is its current one.
+        self._key_ids = {row.team: row.id for row in keys if row.purpose == _DATA}
         return header
 
     def _put_header(self, tx: Transaction, header: Header) -> Header:
@@ -346,13 +360,16 @@ class Ledger:
             )
         return key
 
-    def _bound(self, agent: str, name: str, version: int, key_id: int) -> bytes:
-        return pack("sandboxd value", self._team, agent, name, version, key_id)
+
+def _bound(where: Where, version: int, key_id: int) -> bytes:
+    return pack("sandboxd value", *where, version, key_id)
 
 
 def corrupted(row: VariableRow, why: str) -> StoreError:
-    """The error that names the row."""
+    """The error that names the row, and its team where that isn't the default one."""
     name, agent = shown(str(row.name)), shown(str(row.agent))
+    if row.team != "default":
+        agent += f" of team {shown(str(row.team))}"
     return StoreError(
         f"the store is corrupted: variable {name} of agent {agent}, version {row.version}: {why}",
         hint=_RESTORE,

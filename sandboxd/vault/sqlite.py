@@ -61,6 +61,13 @@ _SCHEMA_1 = (
     )""",
 )
 
+#: What a session rests on.
+_SCHEMA_2 = (
+    "ALTER TABLE sessions ADD COLUMN api_key TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN token TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE sessions ADD COLUMN subject TEXT NOT NULL DEFAULT ''",
+)
+
 #: Who may come in over HTTP.
 _SCHEMA_3 = (
     """CREATE TABLE api_keys (
@@ -77,7 +84,7 @@ _SCHEMA_3 = (
 )
 
 #: Statements that lead from each schema version to the next; the last one is ours.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA_1, _SCHEMA_3)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_SCHEMA_1, _SCHEMA_2, _SCHEMA_3)
 
 _HEADER = "store, created_at, key_check, generation, digest"
 _KEY = "purpose, team, id, created_at, nonce, wrapped"
@@ -92,7 +99,7 @@ _API_KEY = (
 _REVOCATION = "team, kind, what, at, revoked_by, digest"
 _SESSION = (
     "id, agent, policy, state, started_at, ended_at, exit_code, exit_signal, reason, started_by, "
-    "variables, workspace"
+    "variables, workspace, team, api_key, token, subject"
 )
 
 
@@ -305,25 +312,25 @@ class SqliteTransaction:
     def delete_revocations(self, before: float) -> None:
         self._db.execute("DELETE FROM revocations WHERE at < ?", (before,))
 
-    def put_session(self, team: str, record: SessionRecord) -> None:
+    def put_session(self, record: SessionRecord) -> None:
         values = (
             json.dumps(dict(value), sort_keys=True) if field == "variables" else value
             for field, value in vars(record).items()
         )
-        self._put("sessions", f"team, {_SESSION}", (team, *values))
+        self._put("sessions", _SESSION, tuple(values))
         if record.state == "ended":
             self._db.execute(
                 "DELETE FROM sessions WHERE team = ? AND state = 'ended' AND id NOT IN (SELECT "
                 "id FROM sessions WHERE team = ? AND state = 'ended' "
                 "ORDER BY ended_at DESC LIMIT ?)",
-                (team, team, _ENDED_SESSIONS),
+                (record.team, record.team, _ENDED_SESSIONS),
             )
 
-    def sessions(self, team: str, *, include_ended: bool) -> list[SessionRecord]:
+    def sessions(self, team: str | None, *, include_ended: bool) -> list[SessionRecord]:
         cursor = self._db.execute(
-            f"SELECT {_SESSION} FROM sessions WHERE team = ? AND (? OR state <> 'ended') "
-            "ORDER BY started_at, id",
-            (team, include_ended),
+            f"SELECT {_SESSION} FROM sessions WHERE (? IS NULL OR team = ?) "
+            "AND (? OR state <> 'ended') ORDER BY started_at, id",
+            (team, team, include_ended),
         )
         return [_session(row) for row in cursor]
 
@@ -337,16 +344,16 @@ def _values(row: Header | KeyRow | VariableRow | ApiKeyRow | RevocationRow) -> t
 
 
 def _session(row: tuple[Any, ...]) -> SessionRecord:
+    columns = dict(zip(_SESSION.split(", "), row, strict=True))
     versions = None
     with contextlib.suppress(ValueError, TypeError):
-        versions = json.loads(row[-2])
+        versions = json.loads(columns["variables"])
     if not isinstance(versions, dict) or not all(type(v) is int for v in versions.values()):
         raise StoreError(
             f"the record of session {shown(str(row[0]))} is corrupted",
             hint="restore the store from a backup",
         )
-    columns = dict(zip(_SESSION.split(", "), row, strict=True))
-    columns["by"] = columns.pop("started_by")
+    columns["by"], columns["key"] = columns.pop("started_by"), columns.pop("api_key")
     return SessionRecord(**columns | {"variables": versions})
 
 

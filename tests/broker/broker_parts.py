@@ -125,14 +125,16 @@ class Broker:
         self._config = None
 
     def set(self, **values: str | bytes) -> None:
-        self.vault.set(AGENT, {name: Secret(value) for name, value in values.items()}, by="test")
+        self.vault.of("default").set(
+            AGENT, {name: Secret(value) for name, value in values.items()}, by="test"
+        )
 
     def session(self, id: str = "s-0000000000000001") -> StandIn:
         return StandIn(
             id=id,
             config=self.config,
             agent=self.config.agents[AGENT],
-            snapshot=self.vault.snapshot(AGENT),
+            snapshot=self.vault.of("default").snapshot(AGENT),
             workspace=self.workspace,
             uid=os.geteuid(),
             pid=os.getpid(),

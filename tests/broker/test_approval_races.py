@@ -73,7 +73,7 @@ class Asked:
     async def __call__(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         session: Any = SimpleNamespace(
             id=self.facts.get("session", "s-1"),
-            agent=SimpleNamespace(slug="a"),
+            agent=SimpleNamespace(slug="a", team="default"),
             config=SimpleNamespace(generation="g"),
         )
         decision = Decision("ask", "rule", "why", tool=TOOL, approval_timeout=self.limit)

@@ -350,8 +350,8 @@ async def test_a_session_that_asks_and_asks_is_put_off(asking: Broker) -> None:
 async def test_a_value_revoked_meanwhile_withdraws_the_question(asking: Broker) -> None:
     async with desk(asking) as running:
         call, _ = await running.ask()
-        asking.vault.revoke("worker", "TOKEN", up_to=1)
-        assert await asking.calls.cancel_using("worker", "TOKEN", 1) == 1
+        asking.vault.of("default").revoke("worker", "TOKEN", up_to=1)
+        assert await asking.calls.cancel_using("default", "worker", "TOKEN", 1) == 1
         result = await running.end(call)
     assert result.outcome == "cancelled"
     assert "TOKEN was revoked" in result.message
@@ -360,7 +360,7 @@ async def test_a_value_revoked_meanwhile_withdraws_the_question(asking: Broker) 
 async def test_a_value_revoked_meanwhile_is_not_unsealed_after_an_approval(asking: Broker) -> None:
     async with desk(asking) as running:
         call, question = await running.ask()
-        asking.vault.revoke("worker", "TOKEN", up_to=1)
+        asking.vault.of("default").revoke("worker", "TOKEN", up_to=1)
         await asking.calls.approvals.approve(question.id, ANNA)
         result = await running.end(call)
     assert result.outcome == "denied"
@@ -450,7 +450,7 @@ async def test_a_manifest_that_asks_is_overridden_only_on_purpose(
 
 
 async def test_a_missing_variable_is_no_question(asking: Broker) -> None:
-    asking.vault.remove("worker", ["TOKEN"], by="test")
+    asking.vault.of("default").remove("worker", ["TOKEN"], by="test")
     result = await asking.call("ask")
     assert result.outcome == "denied"
     assert "TOKEN" in result.message

@@ -379,7 +379,7 @@ async def test_a_revoked_version_is_denied(broker: Broker) -> None:
     broker.set(TOKEN=TOKEN)
     broker.tool("show", "echo ran", secrets=secret())
     session = broker.session()
-    broker.vault.revoke(AGENT, "TOKEN", up_to=1)
+    broker.vault.of("default").revoke(AGENT, "TOKEN", up_to=1)
     result = await broker.call("show", session=session)
     assert (result.outcome, result.stdout) == ("denied", b"")
     assert "revoked" in result.message
@@ -401,11 +401,11 @@ async def test_revoking_ends_the_calls_that_hold_the_version(broker: Broker) -> 
         nursery.start_soon(call, "holds")
         nursery.start_soon(call, "free")
         await running(broker, 2)
-        broker.vault.revoke(AGENT, "TOKEN", up_to=1)
-        assert await broker.calls.cancel_using(AGENT, "TOKEN", 1) == 1
+        broker.vault.of("default").revoke(AGENT, "TOKEN", up_to=1)
+        assert await broker.calls.cancel_using("default", AGENT, "TOKEN", 1) == 1
         assert alive("88006") == []
         assert alive("88007") != []
-        assert await broker.calls.cancel_using("another", "OTHER", 1) == 0
+        assert await broker.calls.cancel_using("default", "another", "OTHER", 1) == 0
         nursery.cancel_scope.cancel()
     assert results["holds"].outcome == "cancelled"
     assert "TOKEN was revoked" in results["holds"].message
@@ -566,7 +566,7 @@ async def test_a_call_leaves_three_records_that_hold_no_value(broker: Broker) ->
 async def test_the_last_use_of_a_variable_is_remembered(broker: Broker) -> None:
     broker.set(TOKEN=TOKEN, UNUSED="another-value")
     await broker.run("true", secrets=secret())
-    used = {v.name: v.last_used_at for v in broker.vault.list(AGENT)}
+    used = {v.name: v.last_used_at for v in broker.vault.of("default").list(AGENT)}
     assert used["TOKEN"] is not None
     assert used["UNUSED"] is None
 

@@ -34,6 +34,7 @@ def question(**changed: Any) -> Waiting:
     facts: dict[str, Any] = {
         "id": "c-0123456789abcdef",
         "agent": "worker",
+        "team": "default",
         "session": "s-0123456789abcdef",
         "tool": "publish",
         "description": "publishes",

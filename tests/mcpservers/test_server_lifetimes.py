@@ -80,7 +80,7 @@ async def test_a_revoked_secret_ends_the_servers_that_hold_it(servers: Servers) 
         ]
         await until(lambda: running.calls == 1 and running.total == 2)
         assert running.versions == {"TOKEN": 1}
-        assert await servers.broker.calls.cancel_using("worker", "TOKEN", 1) == 1
+        assert await servers.broker.calls.cancel_using("default", "worker", "TOKEN", 1) == 1
         assert not psutil.pid_exists(running.pid)
         assert [one.server.name for one in servers.broker.calls.servers.live()] == ["other"]
         ended = servers.broker.records("call.ended")[-1]

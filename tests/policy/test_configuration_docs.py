@@ -78,6 +78,7 @@ def test_the_example_policy_does_what_it_says(
     [
         ("sandboxd.yaml", model.Settings),
         ("key", model.Key),
+        ("teams", model.Team),
         ("uid_range", model.UidRange),
         ("approvals", model.ApprovalSettings),
         ("webhook", model.Webhook),

@@ -93,7 +93,7 @@ def test_a_schema_version_set_back_is_refused(reopen: Reopen, path: Path) -> Non
 def test_a_migration_runs_once_and_whole(
     reopen: Reopen, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reopen().set("bot", {"A": VALUE}, by="ann")
+    reopen().of("default").set("bot", {"A": VALUE}, by="ann")
     extra = ("CREATE TABLE extra (a)", "CREATE TABLE broken (a, a)")
     monkeypatch.setattr("sandboxd.vault.sqlite.MIGRATIONS", (*MIGRATIONS, extra))
     with pytest.raises(StoreError, match="duplicate column"):
@@ -102,7 +102,7 @@ def test_a_migration_runs_once_and_whole(
     assert sql(path, "SELECT name FROM sqlite_master WHERE name = 'extra'") == []
     monkeypatch.setattr("sandboxd.vault.sqlite.MIGRATIONS", (*MIGRATIONS, extra[:1]))
     for _ in range(2):
-        assert [v.name for v in reopen().list("bot")] == ["A"]
+        assert [v.name for v in reopen().of("default").list("bot")] == ["A"]
     assert sql(path, "PRAGMA user_version") == [(len(MIGRATIONS) + 1,)]
 
 
@@ -173,7 +173,7 @@ def test_a_store_in_a_missing_directory_is_a_store_error(tmp_path: Path, key: Ma
 def test_a_store_is_private_whatever_the_umask(reopen: Reopen, path: Path) -> None:
     old = os.umask(0)
     try:
-        reopen().set("bot", {"A": VALUE}, by="ann")
+        reopen().of("default").set("bot", {"A": VALUE}, by="ann")
     finally:
         os.umask(old)
     assert [oct(each.stat().st_mode & 0o777) for each in path.parent.iterdir()] == ["0o600"] * 4
@@ -238,22 +238,22 @@ def test_a_full_disk_fails_the_change_whole_and_leaves_the_store_usable(
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=768k", "none", disk], check=True)
     try:
         vault = Vault.open(disk / "store.sqlite", key)
-        vault.set("bot", {"A": VALUE}, by="ann")
+        vault.of("default").set("bot", {"A": VALUE}, by="ann")
         ballast = disk / "ballast"
         with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"x" * 4096)
         big = {f"BIG_{n}": Secret(PLAINTEXT + b"x" * 100_000) for n in range(8)}
         with pytest.raises(StoreError, match="can't write the store") as caught:
-            vault.set("bot", {"A": Secret(b"new"), **big}, by="ann")
+            vault.of("default").set("bot", {"A": Secret(b"new"), **big}, by="ann")
         assert "space" in caught.value.hint
         assert "hunter2" not in everything(caught.value)
-        assert [(v.name, v.version) for v in vault.list("bot")] == [("A", 1)]
+        assert [(v.name, v.version) for v in vault.of("default").list("bot")] == [("A", 1)]
         ballast.unlink()
-        assert vault.set("bot", {"A": Secret(b"newer")}, by="ann") == {"A": 2}
+        assert vault.of("default").set("bot", {"A": Secret(b"newer")}, by="ann") == {"A": 2}
         vault.close()
         vault = Vault.open(disk / "store.sqlite", key)
-        assert vault.unseal(vault.snapshot("bot").variables["A"]).reveal() == b"newer"
+        assert vault.unseal(vault.of("default").snapshot("bot").variables["A"]).reveal() == b"newer"
         vault.close()
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
@@ -262,17 +262,17 @@ def test_a_full_disk_fails_the_change_whole_and_leaves_the_store_usable(
 def test_a_file_size_limit_fails_the_change_whole_and_leaves_the_store_usable(
     reopen: Reopen, path: Path
 ) -> None:
-    reopen().set("bot", {"A": Secret(b"old")}, by="ann")
+    reopen().of("default").set("bot", {"A": Secret(b"old")}, by="ann")
     reopen().close()
     limit = 256 * 1024
     code = """
 vault = Vault.open(path, key)
 try:
-    vault.set("bot", {"A": Secret(b"new"), **{f"B{n}": Secret(b"x" * 100_000) for n in range(4)}},
-              by="ann")
+    large = {f"B{n}": Secret(b"x" * 100_000) for n in range(4)}
+    vault.of("default").set("bot", {"A": Secret(b"new"), **large}, by="ann")
 except Exception as error:
-    print(type(error).__name__, [v.version for v in vault.list("bot")])
-print(vault.set("bot", {"A": Secret(b"small")}, by="ann"))
+    print(type(error).__name__, [v.version for v in vault.of("default").list("bot")])
+print(vault.of("default").set("bot", {"A": Secret(b"small")}, by="ann"))
 """
     limited = child(
         code,
@@ -282,7 +282,7 @@ print(vault.set("bot", {"A": Secret(b"small")}, by="ann"))
     out, err = limited.communicate(timeout=60)
     assert (out, err) == ("StoreError [1]\n{'A': 2}\n", "")
     vault = reopen()
-    assert [(v.name, v.version) for v in vault.list("bot")] == [("A", 2)]
+    assert [(v.name, v.version) for v in vault.of("default").list("bot")] == [("A", 2)]
 
 
 def test_a_full_database_is_told_as_such(vault: Vault) -> None:
@@ -290,11 +290,11 @@ def test_a_full_database_is_told_as_such(vault: Vault) -> None:
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count={pages + 2}")
     with pytest.raises(StoreError, match="database or disk is full") as caught:
-        vault.set("bot", {"A": Secret(PLAINTEXT * 5000)}, by="ann")
+        vault.of("default").set("bot", {"A": Secret(PLAINTEXT * 5000)}, by="ann")
     assert "nothing was changed" in caught.value.hint
     assert "hunter2" not in everything(caught.value)
-    assert vault.list("bot") == []
-    assert vault.set("bot", {"A": Secret(b"small")}, by="ann") == {"A": 1}
+    assert vault.of("default").list("bot") == []
+    assert vault.of("default").set("bot", {"A": Secret(b"small")}, by="ann") == {"A": 1}
 
 
 @pytest.mark.parametrize("row", [1, 2, 3])
@@ -302,7 +302,9 @@ def test_killed_in_the_middle_of_a_transaction_nothing_is_half_applied(
     reopen: Reopen, path: Path, row: int
 ) -> None:
     vault = reopen()
-    vault.set("bot", {"A": Secret(b"1"), "B": Secret(b"1"), "C": Secret(b"1")}, by="ann")
+    vault.of("default").set(
+        "bot", {"A": Secret(b"1"), "B": Secret(b"1"), "C": Secret(b"1")}, by="ann"
+    )
     vault.close()
     code = f"""
 real, calls = SqliteTransaction.put_row, []
@@ -315,18 +317,18 @@ SqliteTransaction.put_row = put_row
 vault = Vault.open(path, key)
 # Larger than SQLite's page cache, so that uncommitted pages reach the disk.
 vault._ledger._store._db.execute("PRAGMA cache_size=1")
-vault.set("bot", {{name: Secret(b"2" * 60_000) for name in "ABC"}}, by="ann")
+vault.of("default").set("bot", {{name: Secret(b"2" * 60_000) for name in "ABC"}}, by="ann")
 """
     killed = child(code, path)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     vault = reopen()
-    assert [(v.name, v.version, v.size) for v in vault.list("bot")] == [
+    assert [(v.name, v.version, v.size) for v in vault.of("default").list("bot")] == [
         ("A", 1, 1),
         ("B", 1, 1),
         ("C", 1, 1),
     ]
-    assert vault.set("bot", {"A": Secret(b"3")}, by="ann") == {"A": 2}
+    assert vault.of("default").set("bot", {"A": Secret(b"3")}, by="ann") == {"A": 2}
 
 
 def test_killed_at_any_moment_all_variables_have_one_version_that_was_promised(
@@ -336,7 +338,8 @@ def test_killed_at_any_moment_all_variables_have_one_version_that_was_promised(
     code = """
 vault = Vault.open(path, key)
 while True:
-    versions = vault.set("bot", {n: Secret(os.urandom(1000).hex()) for n in "ABCD"}, by="ann")
+    values = {n: Secret(os.urandom(1000).hex()) for n in "ABCD"}
+    versions = vault.of("default").set("bot", values, by="ann")
     if versions["A"] % 7 == 0:
         vault.rotate_data_key()
     print(versions["A"], flush=True)
@@ -352,7 +355,7 @@ while True:
             rest = process.communicate(timeout=60)[0].split("\n")
         promised = int(first[-1])
         promised = max([promised, *(int(line) for line in rest[:-1])])
-        versions = {v.name: v.version for v in reopen().list("bot")}
+        versions = {v.name: v.version for v in reopen().of("default").list("bot")}
         assert set(versions) == set("ABCD")
         assert len(set(versions.values())) == 1
         assert versions["A"] in (promised, promised + 1)
@@ -370,23 +373,23 @@ Vault.open(path, key)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert path.exists()
-    assert reopen().set("bot", {"A": VALUE}, by="ann") == {"A": 1}
+    assert reopen().of("default").set("bot", {"A": VALUE}, by="ann") == {"A": 1}
 
 
 def test_killed_between_commit_and_guard_the_store_opens(reopen: Reopen, path: Path) -> None:
-    reopen().set("bot", {"A": VALUE}, by="ann")
+    reopen().of("default").set("bot", {"A": VALUE}, by="ann")
     reopen().close()
     code = """
 from sandboxd.vault.guard import Guard
 vault = Vault.open(path, key)
 Guard.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-vault.set("bot", {"A": Secret(b"new")}, by="ann")
+vault.of("default").set("bot", {"A": Secret(b"new")}, by="ann")
 """
     killed = child(code, path)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     vault = reopen()
-    assert [v.version for v in vault.list("bot")] == [2]
+    assert [v.version for v in vault.of("default").list("bot")] == [2]
     assert vault.warnings == ()
 
 
@@ -395,13 +398,13 @@ def test_processes_that_set_at_once_give_every_version_once(reopen: Reopen, path
     code = """
 vault = Vault.open(path, key)
 for _ in range(8):
-    print(vault.set("bot", {"A": Secret(b"x"), "B": Secret(b"x")}, by="ann")["B"])
+    print(vault.of("default").set("bot", {"A": Secret(b"x"), "B": Secret(b"x")}, by="ann")["B"])
 """
     children = [child(code, path) for _ in range(2)]
     output = [process.communicate(timeout=60) for process in children]
     assert [err for _, err in output] == ["", ""]
     assert sorted(int(v) for out, _ in output for v in out.split()) == list(range(1, 17))
-    assert {v.version for v in reopen().list("bot")} == {16}
+    assert {v.version for v in reopen().of("default").list("bot")} == {16}
 
 
 def test_a_store_locked_by_another_writer_is_told(vault: Vault, path: Path) -> None:
@@ -409,10 +412,10 @@ def test_a_store_locked_by_another_writer_is_told(vault: Vault, path: Path) -> N
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="database is locked") as caught:
-            vault.set("bot", {"A": VALUE}, by="ann")
+            vault.of("default").set("bot", {"A": VALUE}, by="ann")
         assert "another process holds the store" in caught.value.hint
         other.execute("ROLLBACK")
-    assert vault.set("bot", {"A": VALUE}, by="ann") == {"A": 1}
+    assert vault.of("default").set("bot", {"A": VALUE}, by="ann") == {"A": 1}
 
 
 def test_opening_a_second_time_keeps_the_first_one_s_locks(path: Path) -> None:

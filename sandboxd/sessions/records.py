@@ -1,0 +1,126 @@
+"""What is remembered of sessions: audit records, and rows of the store that outlive processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import partial
+from typing import Any
+
+import trio
+
+from sandboxd.audit import AuditLog
+from sandboxd.errors import SandboxdError
+from sandboxd.sessions.session import Ending, Session
+from sandboxd.vault.store import SessionRecord
+from sandboxd.vault.vault import Vault
+
+__all__ = ["Records"]
+
+
+class Records:
+    """The records of every session of one daemon."""
+
+    def __init__(self, vault: Vault, audit: AuditLog) -> None:
+        self._vault, self._audit = vault, audit
+        self._unwritten: list[SessionRecord] = []
+
+    async def started(self, session: Session) -> None:
+        """Note that it starts. Raises StoreError when that can't be recorded."""
+        await self._audit.append(
+            "session.started",
+            **_about(session),
+            policy=session.policy.name,
+            by=session.by,
+            **_rests_on(session),
+            generation=session.config.generation,
+            workspace=str(session.workspace or ""),
+            network=session.terms.network,
+            lowered=list(session.terms.lowered),
+            variables={name: v.version for name, v in session.snapshot.variables.items()},
+        )
+        await self.keep(session, "starting")
+
+    async def ended(self, session: Session) -> None:
+        """Note how it ended, cancelled or not. Raises StoreError when that can't be recorded."""
+        ending = session.ending
+        assert ending is not None
+        with trio.CancelScope(shield=True):
+            try:
+                await self._audit.append(
+                    "session.ended",
+                    **_about(session),
+                    exit_code=ending.code,
+                    signal=ending.signal,
+                    reason=ending.reason,
+                    seconds=round(ending.at - session.started_at, 3),
+                )
+            finally:
+                await self.keep(session, "ended")
+
+    async def keep(self, session: Session, state: str) -> None:
+        """Write its row, and those that could not be written before."""
+        record = _record_of(session, state)
+        try:
+            await trio.to_thread.run_sync(self._vault.put_session, record)
+            while self._unwritten:  # what a full disk kept from being written
+                await trio.to_thread.run_sync(self._vault.put_session, self._unwritten[0])
+                del self._unwritten[0]
+        except SandboxdError:
+            if session.ending is not None:
+                self._unwritten.append(record)
+            raise
+
+    async def close_leftovers(self) -> list[str]:
+        """Close the rows that a crash left open; returns the ids of the sessions."""
+        leftover = await trio.to_thread.run_sync(partial(self._vault.sessions, include_ended=False))
+        for record in leftover:
+            reason = "the daemon died"
+            await self._audit.append(
+                "session.ended",
+                session=record.id,
+                agent=record.agent,
+                team=record.team,
+                reason=reason,
+            )
+            ended = dataclasses.replace(record, state="ended", ended_at=time.time(), reason=reason)
+            await trio.to_thread.run_sync(self._vault.put_session, ended)
+        return [record.id for record in leftover]
+
+
+def _record_of(session: Session, state: str) -> SessionRecord:
+    ending = session.ending or Ending(None, None, "")
+    return SessionRecord(
+        id=session.id,
+        agent=session.agent.slug,
+        policy=session.policy.name,
+        state=state,
+        started_at=session.started_at,
+        ended_at=ending.at if session.ending else None,
+        exit_code=ending.code,
+        exit_signal=ending.signal,
+        reason=ending.reason,
+        by=session.by,
+        variables={name: v.version for name, v in session.snapshot.variables.items()},
+        workspace=str(session.workspace or ""),
+        team=session.team,
+        key=session.key,
+        token=session.token,
+        subject=session.subject,
+    )
+
+
+def _about(session: Session) -> dict[str, Any]:
+    return {"session": session.id, "agent": session.agent.slug, "team": session.team}
+
+
+def _rests_on(session: Session) -> dict[str, Any]:
+    """What not every session has."""
+    found = {
+        "key": session.key,
+        "token": session.token,
+        "subject": session.subject,
+        "environment": sorted(session.environment),  # names alone
+        "lifetime": session.lifetime,
+    }
+    return {name: value for name, value in found.items() if value}
