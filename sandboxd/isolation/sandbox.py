@@ -92,15 +92,14 @@ def enter(
         first = streams.pop() if sketch.waits else -1
         uid = sketch.uid if privileged else os.geteuid()
         _leave(host_network=sketch.host_network)
-        sysctl, rules = _have_it_built(memfd, streams, sketch, report, uid, privileged=privileged)
+        sysctl, rules = _have_it_built(
+            number, memfd, streams, sketch, report, uid, privileged=privileged
+        )
         _become_user(uid, sysctl, privileged=privileged)
         _confine(rules)
         del streams[len(streams) - sketch.namespace - sketch.listeners :]
         kept = [report, *([orders.fd] if orders else [])]
-        if sketch.waits:
-            program = program_to_be(first)
-        else:
-            program = start(number, memfd, streams)
+        program = program_to_be(first) if sketch.waits else start(number, memfd, streams)
         _send(report, Frame(Kind.STARTED, number))
         kernel.close_all_but(kept)
         _be_init(number, program, report, orders)
@@ -121,7 +120,14 @@ def _make_view(number: int, fds: Sequence[int], report: int, *, privileged: bool
 
 
 def _have_it_built(
-    memfd: int, streams: Sequence[int], sketch: Outline, report: int, uid: int, *, privileged: bool
+    number: int,
+    memfd: int,
+    streams: Sequence[int],
+    sketch: Outline,
+    report: int,
+    uid: int,
+    *,
+    privileged: bool,
 ) -> tuple[int, int]:
     """Have a child build the root directory, and move into it.
 
@@ -135,9 +141,9 @@ def _have_it_built(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
-        _build_for(theirs, memfd, streams, sketch, report, uid, privileged=privileged)
+        _build_for(number, theirs, memfd, streams, sketch, report, uid, privileged=privileged)
     theirs.close()
-    there, got = ours.recvmsg(64, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)[:2]
+    there, got, _, _ = ours.recvmsg(64, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
     os.waitpid(pid, 0)
     ours.close()
     if not there:
@@ -145,11 +151,14 @@ def _have_it_built(
     now = os.stat("/")
     if there != b"%d %d" % (now.st_dev, now.st_ino):
         raise KernelError("pivot_root", errno.EXDEV, "/")  # somewhere else than its builder
-    fds = array.array("i", got[0][2])
+    fds = array.array("i", got[0][2] if got else b"")
+    if len(fds) != (2 if landlock.best_abi() else 1):
+        raise KernelError("recvmsg", errno.EMFILE, "sandbox")
     return fds[0], fds[1] if len(fds) > 1 else -1
 
 
 def _build_for(
+    number: int,
     init: socket.socket,
     memfd: int,
     streams: Sequence[int],
@@ -176,9 +185,9 @@ def _build_for(
         init.sendmsg([b"%d %d" % (now.st_dev, now.st_ino)], rights)
         os._exit(0)
     except SandboxdError as failure:
-        _send(report, failed(0, failure))
+        _send(report, failed(number, failure))
     except BaseException as failure:
-        _send(report, setup_failed(0, failure))
+        _send(report, setup_failed(number, failure))
     os._exit(125)
 
 

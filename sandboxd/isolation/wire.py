@@ -426,10 +426,12 @@ class Outline(NamedTuple):
 
 def outline(memfd: int) -> Outline:
     """The outline of the spec in ``memfd``, without reading the rest. ValueError if damaged."""
-    data = os.pread(memfd, _OUTLINE.size, _HEAD.size)
-    if len(data) < _OUTLINE.size:
+    data = os.pread(memfd, _HEAD.size + _OUTLINE.size, 0)
+    if len(data) < _HEAD.size + _OUTLINE.size:
         raise ValueError("the launch spec is cut short")
-    uid, flags = _OUTLINE.unpack(data)
+    uid, flags = _OUTLINE.unpack_from(data, _HEAD.size)
+    if _HEAD.unpack_from(data)[0] != os.fstat(memfd).st_size or flags >> len(Outline._fields) - 1:
+        raise ValueError("not a launch spec")
     return Outline(uid, *(bool(flags & 1 << bit) for bit in range(len(Outline._fields) - 1)))
 
 
