@@ -182,6 +182,7 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
             raise Unauthenticated
 
     daemon.sessions.admit = admit
+    daemon.access.on_deactivated.append(daemon.pages.end_key)
     daemon.methods = guarded(daemon, Methods(daemon).table())
 
 

@@ -187,7 +187,7 @@ def agent_slug(name: str) -> str:
     """An agent's slug: lower-case letters, digits and inner hyphens, at most 100."""
     if len(name) > 100 or not _SLUG.fullmatch(name):
         raise Invalid(
-            f"{shown(name)} is not an agent slug",
+            f"{shown(name)} is not a slug",
             hint="use lower-case letters, digits and inner hyphens, 100 at most: "
             "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from sandboxd.access.control import Access
+from sandboxd.access.pages import Pages
 from sandboxd.audit import AuditLog
 from sandboxd.broker.calls import Calls
 from sandboxd.errors import SandboxdError, Unavailable
@@ -77,6 +78,8 @@ class Daemon:
     sessions: Manager = field(init=False)
     calls: Calls = field(init=False)
     access: Access = field(init=False)
+    #: Who is signed in to the dashboard.
+    pages: Pages = field(default_factory=Pages)
     #: What operators can ask of it, each method behind its permission and team.
     methods: Mapping[str, Method] = field(init=False)
     #: Servers whose manifest names definitions that they were asked about already.

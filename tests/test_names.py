@@ -131,7 +131,7 @@ def test_a_good_agent_slug_is_returned(slug: str) -> None:
     "slug", ["", "-a", "a-", "A", "a_b", "a/b", "..", "a" * 101, "a\n", "é", "a b"]
 )
 def test_a_bad_agent_slug_is_refused(slug: str) -> None:
-    with pytest.raises(Invalid, match="is not an agent slug"):
+    with pytest.raises(Invalid, match="is not a slug"):
         names.agent_slug(slug)
 
 

@@ -79,7 +79,7 @@ class Access:
         #: Keys that are refused before the disk says so.
         self._refused: set[str] = set()
         now = self._clock()
-        self._lapsed = {key.id for key in self._keys if key.state(now) != "active"}
+        self._lapsed = {key.id for key in self._keys if key.state(now) == "expired"}
         self._uses = Uses(self._kept.touch)
         self._changed, self._turn = trio.Event(), trio.Lock()
         #: Told the id of each key that was deactivated or expired, before its end is reported.
@@ -93,22 +93,25 @@ class Access:
         Raises Unauthenticated, the same for everything that isn't valid.
         """
         await trio.lowlevel.checkpoint()
-        if len(bearer) > MAX_BEARER:
+        bearer = bearer[: MAX_BEARER + 1]
+        found = self._by_token(bearer) if bearer.count(".") == 2 else self._by_key(bearer)
+        del bearer  # a traceback that shows locals must not show it
+        if found is None:
             raise Unauthenticated
-        return self._by_token(bearer) if bearer.count(".") == 2 else self._by_key(bearer)
+        return found
 
-    def _by_key(self, bearer: str) -> Principal:
+    def _by_key(self, bearer: str) -> Principal | None:
         key = self._keys.presented(bearer)
         if not self._usable(key):
-            raise Unauthenticated
+            return None
         self._uses.note(key.id, self._clock())
         return key.principal
 
-    def _by_token(self, bearer: str) -> Principal:
+    def _by_token(self, bearer: str) -> Principal | None:
         claims = self._issuer.read(bearer)
         key = None if claims is None else self._keys.get(claims.key)
         if claims is None or key is None or claims.team != key.team or not self._usable(key):
-            raise Unauthenticated
+            return None
         self._uses.note(key.id, self._clock())
         subject = None if claims.subject == key.id else claims.subject
         agents = None if claims.agents is None else frozenset(claims.agents)
@@ -203,6 +206,7 @@ class Access:
         with trio.CancelScope(shield=True):
             await self._record("key.created", key, by, expires_at=key.expires_at)
             async with self._turn:
+                self.check(by)  # it may have ended while the record was written
                 await self._put(row_of(key, self._keys.hash(secret.reveal().decode())))
         return key, secret
 
@@ -221,6 +225,11 @@ class Access:
         if presented.id and reaches_key(by, presented):
             return self._current(presented)
         return self._keys.find(named, self.keys(by))
+
+    def made_by(self, key: ApiKey) -> list[ApiKey]:
+        """Keys that this one made and that still work: they don't end with it."""
+        made = [one for one in self._keys if one.created_by == key.name]
+        return [one for one in made if self.state(one) == "active"]
 
     def state(self, key: ApiKey) -> str:
         """``active``, ``expired`` or ``deactivated``."""
@@ -288,6 +297,7 @@ class Access:
         end = now + overlap if old.expires_at is None else min(old.expires_at, now + overlap)
         with trio.CancelScope(shield=True):
             async with self._turn:
+                self.check(by)
                 self._rotatable(old)
                 await self._record("key.rotated", new, by, replaces=old.id, overlap=overlap)
                 await self._put(
@@ -388,13 +398,12 @@ class Access:
             self._changed = trio.Event()
             now, next_ = self._clock(), float("inf")
             for key in self._keys:
-                if key.id in self._lapsed or key.expires_at is None:
-                    continue
-                if key.state(now) == "active":
+                state = key.state(now)
+                if state == "active" and key.expires_at is not None:
+                    self._lapsed.discard(key.id)  # a clock that was ahead is right again
                     next_ = min(next_, key.expires_at - now, _LOOK)
-                    continue
-                self._lapsed.add(key.id)
-                if key.state(now) == "expired":
+                elif state == "expired" and key.id not in self._lapsed:
+                    self._lapsed.add(key.id)
                     await self._end_expired(key)
             with trio.move_on_after(next_):
                 await self._changed.wait()

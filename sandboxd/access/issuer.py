@@ -103,9 +103,11 @@ class Issuer:
     async def revoke(self, team: str, kind: str, what: str, by: str) -> None:
         """Refuse from now on: at once, whatever becomes of the record; then durably."""
         at = self._clock()
-        self._revoked[team, kind, what] = at
-        await self._audit.append("token.revoked", team=team, by=by, **{kind: what})
-        await trio.to_thread.run_sync(self._keep, team, kind, what, at, by)
+        self._revoked[team, kind, what] = max(at, self._revoked.get((team, kind, what), at))
+        try:
+            await self._audit.append("token.revoked", team=team, by=by, **{kind: what})
+        finally:
+            await trio.to_thread.run_sync(self._keep, team, kind, what, at, by)
 
     async def rotate(self, *, now: bool) -> None:
         """Sign with a new key from here on; ``now`` drops all others at once."""

@@ -11,7 +11,6 @@ from typing import Any
 import attrs
 
 from sandboxd.admin.params import iso, param
-from sandboxd.admin.reach import sees_question
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.question import By, Question, Scope, Waiting
@@ -50,7 +49,7 @@ class ApprovalMethods:
         return self._daemon.calls.approvals
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        seen = [waiting for waiting in self._approvals.waiting if self._sees(caller, waiting)]
+        seen = [waiting for waiting in self._approvals.waiting if _sees(caller, waiting)]
         return Reply({"approvals": [_row(waiting) for waiting in seen]})
 
     async def show(self, caller: Caller, params: dict[str, Any]) -> Reply:
@@ -79,12 +78,12 @@ class ApprovalMethods:
         """Each question once, whole, and each end: ``{"event": "asked"|"ended", ...}``."""
         async with aclosing(self._approvals.events()) as events:
             async for waiting in events:
-                if self._sees(caller, waiting):
+                if _sees(caller, waiting):
                     yield _event(waiting)
 
-    def _sees(self, caller: Caller, waiting: Waiting) -> bool:
-        question = waiting.question
-        return sees_question(self._daemon, caller.principal, question.agent, question.session)
+
+def _sees(caller: Caller, waiting: Waiting) -> bool:
+    return caller.principal.reaches(waiting.question.team, waiting.question.agent)
 
 
 def _event(waiting: Waiting) -> dict[str, Any]:

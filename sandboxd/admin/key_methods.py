@@ -12,6 +12,7 @@ from sandboxd.access.tokens import LONGEST_LIFETIME
 from sandboxd.admin.params import iso, param, strings
 from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.errors import Denied, Invalid
+from sandboxd.policy import DEFAULT_TEAM
 from sandboxd.running import Daemon
 
 __all__ = ["KeyMethods"]
@@ -151,12 +152,13 @@ class KeyMethods:
             "deactivated_at": iso(key.deactivated_at),
             "deactivated_by": key.deactivated_by or None,
             "replaces": key.replaces or None,
+            "made_keys": [one.id for one in self._daemon.access.made_by(key)],
             "sessions": [one.id for one in self._daemon.sessions.live if one.key == key.id],
         }
 
 
 def _team(params: dict[str, Any]) -> str:
-    return param(params, "team", str) if params.get("team") is not None else "default"
+    return param(params, "team", str) if params.get("team") is not None else str(DEFAULT_TEAM)
 
 
 def _seconds(params: dict[str, Any], name: str, most: float | None = None) -> float | None:

@@ -10,8 +10,10 @@ from typing import Any
 import trio
 
 from sandboxd import __version__
+from sandboxd.admin.agent_methods import AgentMethods
 from sandboxd.admin.approval_methods import ApprovalMethods
 from sandboxd.admin.change_methods import ChangeMethods
+from sandboxd.admin.dashboard_methods import DashboardMethods
 from sandboxd.admin.exec_methods import ExecMethods
 from sandboxd.admin.file_methods import FileMethods
 from sandboxd.admin.key_methods import KeyMethods
@@ -23,7 +25,7 @@ from sandboxd.admin.session_methods import SessionMethods
 from sandboxd.admin.tool_methods import ToolMethods
 from sandboxd.admin.variable_methods import VariableMethods
 from sandboxd.errors import Denied
-from sandboxd.policy.explain import describe_tool, explain_call, outlook
+from sandboxd.policy.explain import describe_tool, explain_call, explain_egress, outlook
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 
@@ -38,6 +40,7 @@ class Methods:
 
     def table(self) -> Mapping[str, Method]:
         return {
+            **AgentMethods(self._daemon).table(),
             **VariableMethods(self._daemon).table(),
             **ServerMethods(self._daemon).table(),
             **SessionMethods(self._daemon).table(),
@@ -46,15 +49,17 @@ class Methods:
             **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
+            **AgentMethods(self._daemon).table(),
             **KeyMethods(self._daemon).table(),
+            **DashboardMethods(self._daemon).table(),
             "status": self.status,
             "reload": self.reload,
             "config.check": self.config_check,
-            "agents.list": self.agents_list,
             "tools.list": self.tools_list,
             "audit.tail": self.audit_tail,
             "audit.verify": self.audit_verify,
             "policy.explain": self.policy_explain,
+            "policy.egress": self.policy_egress,
             "policy.outlook": self.policy_outlook,
             "tools.show": self.tools_show,
         }
@@ -120,23 +125,6 @@ class Methods:
                 "warnings": list(config.warnings),
             }
         )
-
-    async def agents_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        rows = []
-        live = live_of(self._daemon, caller.principal)
-        for slug, agent in agents_of(self._daemon, caller.principal).items():
-            rows.append(
-                {
-                    "slug": slug,
-                    "team": agent.team,
-                    "description": agent.description,
-                    "policy": agent.policy,
-                    "tools": list(agent.tools),
-                    "variables": len(await thread(self._daemon.vault.of(agent.team).list, slug)),
-                    "sessions": sum((s.team, s.agent.slug) == (agent.team, slug) for s in live),
-                }
-            )
-        return Reply({"agents": rows})
 
     async def tools_list(self, caller: Caller, params: dict[str, Any]) -> Reply:
         config = self._daemon.config
@@ -204,6 +192,13 @@ class Methods:
         return Reply(
             {**found, "isolation": layers(found["network"], daemon.launcher, found["lowered"])}
         )
+
+    async def policy_egress(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """What the agent, or one of its tools, may reach; and whether ``target`` is of it."""
+        agent = known_agent(self._daemon, params)
+        tool = known_tool(self._daemon, params) if params.get("tool") else None
+        target, method = str(params.get("target") or ""), str(params.get("method") or "")
+        return Reply(explain_egress(self._daemon.config, agent, tool, target, method))
 
     async def policy_outlook(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """What each agent can do: by the configuration in force, or by what the files say now."""

@@ -130,6 +130,8 @@ async def _checked(
             key=principal.key,
         )
         raise _denied(principal, name, need.permission)
+    if principal.team is not None:
+        _check_team(principal, params)
     if need.scope in ("session", "live"):
         id = param(params, "id", str)
         whole = await session_of(daemon, principal, id, live_only=need.scope == "live")
@@ -147,6 +149,8 @@ async def _checked(
     ):
         if not sees_agent(daemon, principal, slug(params)):
             raise no_agent(slug(params))
+        if principal.team is not None and params.get("team") not in (None, principal.team):
+            raise no_agent(slug(params))  # of the team that is named: variables may be there
     elif need.scope == "tool":
         tool = param(params, "tool", str)
         if principal.team is not None and tool not in tools_of(daemon, principal):
@@ -156,13 +160,15 @@ async def _checked(
     return params
 
 
+def _check_team(principal: Principal, params: dict[str, Any]) -> None:
+    """Whatever the method, a team that is named is the caller's own."""
+    if params.get("team") is not None and param(params, "team", str) != principal.team:
+        raise NotFound(f"no team {shown(params['team'])}", hint="leave it away: your own is meant")
+
+
 def _with_team(daemon: Daemon, principal: Principal, params: dict[str, Any]) -> dict[str, Any]:
     if principal.team is None:
         return params
-    if params.get("team") is not None:
-        team = param(params, "team", str)
-        if team != principal.team:
-            raise NotFound(f"no team {shown(team)}", hint="leave it away: your own is meant")
     for agent in strings(params, "agents") if params.get("agents") is not None else ():
         if not sees_agent(daemon, principal, agent):
             raise no_agent(agent)

@@ -26,10 +26,12 @@ __all__ = ["NEEDS", "Need", "Scope"]
 #: ``approval``  parameter ``id``, a question that waits or was answered; an abbreviation becomes
 #:               the whole id where ``abbreviated``
 #: ``tool``      parameter ``tool``, one that some agent in reach lists
-#: ``team``      parameter ``team`` and each of a list ``agents``, where they are there; a caller of
-#:               one team needs not name it: the parameter is filled in
+#: ``team``      each of a list ``agents``, where it is there; parameter ``team`` is filled in for a
+#:               caller of one team
 #: ``own``       the method itself looks at ``caller.principal``: lists, and what concerns nobody
 #: ``host``      everything: no team's principal may
+#:
+#: A parameter ``team``, whatever the method, may name no other than the caller's own.
 Scope = Literal[
     "agent", "agent?", "session", "live", "place", "approval", "tool", "team", "own", "host"
 ]
@@ -51,9 +53,12 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "reload": Need("host", "host"),
         "config.check": Need("host", "host"),
         "agents.list": Need("agents.read", "own"),
+        "agents.show": Need("agents.read", "agent"),
+        "agents.delete": Need("agents.delete", "agent"),
         "env.list": Need("env.read", "agent"),
         "env.set": Need("env.write", "agent"),
         "env.remove": Need("env.write", "agent"),
+        "env.revoke": Need("env.write", "agent"),
         "session.start": Need("sessions.run", "agent"),
         "session.run": Need("sessions.run", "agent"),
         "session.list": Need("sessions.read", "own"),
@@ -89,6 +94,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tools.accept": Need("host", "host"),
         "tools.forget": Need("host", "host"),
         "policy.explain": Need("policies.read", "agent"),
+        "policy.egress": Need("policies.read", "agent"),
         "policy.outlook": Need("policies.read", "own"),
         "keys.list": Need("keys.read", "team"),
         "keys.show": Need("keys.read", "own"),
@@ -101,6 +107,9 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tokens.rotate_key": Need("host", "host"),
         "tokens.jwks": Need("agents.read", "own"),
         "audit.tail": Need("audit.read", "own"),
+        "audit.state": Need("audit.read", "own"),
+        "dashboard.link": Need("agents.read", "own"),
+        "dashboard.end": Need("agents.read", "own"),
         # One chain holds every team's records, and it is whole or it isn't.
         "audit.verify": Need("host", "host"),
     }

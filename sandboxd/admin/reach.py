@@ -27,7 +27,6 @@ __all__ = [
     "question_of",
     "records_of",
     "sees_agent",
-    "sees_question",
     "sees_record",
     "sees_session",
     "session_of",
@@ -111,22 +110,12 @@ async def session_of(
     raise NotFound(f"no session {shown(id)}", hint="see: sandboxctl session list --all")
 
 
-def sees_question(daemon: Daemon, principal: Principal, agent: str, session: str) -> bool:
-    """Whether a call of this agent and session, waiting or answered, is in reach."""
-    if principal.team is None:
-        return True
-    live = next((one for one in daemon.sessions.live if one.id == session), None)
-    if live is not None:
-        return sees_session(principal, live)
-    return sees_agent(daemon, principal, agent)
-
-
 def question_of(daemon: Daemon, principal: Principal, id: str, *, abbreviated: bool) -> str:
     """The whole id of a question in reach that waits or was answered lately. NotFound otherwise."""
     seen = {
         key
-        for key, (agent, session) in daemon.calls.approvals.asked().items()
-        if sees_question(daemon, principal, agent, session)
+        for key, (team, agent) in daemon.calls.approvals.asked().items()
+        if principal.reaches(team, agent)
     }
     if id in seen:
         return id

@@ -23,7 +23,7 @@ from sandboxd.sessions.layers import layers
 from sandboxd.sessions.manager import GRACE_SECONDS, Request, Started
 from sandboxd.sessions.output import read_log
 from sandboxd.sessions.session import Ending, Session
-from sandboxd.sessions.usage import usage
+from sandboxd.sessions.usage import Usage, usage, usages
 from sandboxd.vault.store import SessionRecord
 
 __all__ = ["SessionMethods", "find_record"]
@@ -120,6 +120,9 @@ class SessionMethods:
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
         live = {session.id: session for session in live_of(self._daemon, caller.principal)}
         rows = [self._live_row(session) for session in live.values()]
+        if params.get("usage"):
+            used = await thread(usages, [session.pid for session in live.values()])
+            rows = [{**row, "usage": _used(one)} for row, one in zip(rows, used, strict=True)]
         if params.get("all"):
             records = await records_of(self._daemon, caller.principal)
             rows += [_record_row(record) for record in records if record.id not in live]
@@ -134,6 +137,7 @@ class SessionMethods:
             return Reply(
                 {
                     **_record_row(record),
+                    "environment": None,
                     "workspace": record.workspace,
                     **self._changes(record.id),
                     "variables": dict(record.variables),
@@ -147,11 +151,8 @@ class SessionMethods:
         return Reply(
             {
                 **self._live_row(session),
-                "usage": {
-                    "processes": used.processes,
-                    "memory": used.memory,
-                    "cpu_seconds": used.cpu,
-                },
+                "environment": sorted(session.environment),
+                "usage": _used(used),
                 "workspace": str(session.workspace or ""),
                 **self._changes(session.id),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
@@ -227,9 +228,10 @@ class SessionMethods:
             "exit_signal": None,
             "reason": session.stop_reason,
             "by": session.by,
+            "calls": self._daemon.calls.in_flight(session.id),
             "key": session.key or None,
             "subject": session.subject or None,
-            "lifetime": session.lifetime,
+            "ends_at": iso(session.ends_at),
             "calls_running": self._daemon.calls.running(session.id),
             "calls_waiting": self._daemon.calls.approvals.count(session.id),
             "lowered": list(session.terms.lowered),
@@ -287,6 +289,10 @@ async def find_record(daemon: Daemon, id: str) -> SessionRecord:
     return found[0]
 
 
+def _used(used: Usage) -> dict[str, Any]:
+    return {"processes": used.processes, "memory": used.memory, "cpu_seconds": used.cpu}
+
+
 def _server_row(running: Running) -> dict[str, Any]:
     return {
         "id": running.id,
@@ -313,9 +319,10 @@ def _record_row(record: SessionRecord) -> dict[str, Any]:
         "exit_signal": record.exit_signal,
         "reason": record.reason,
         "by": record.by,
+        "calls": [],
         "key": record.key or None,
         "subject": record.subject or None,
-        "lifetime": None,
+        "ends_at": None,
         "calls_running": 0,
         "calls_waiting": 0,
         "lowered": [],

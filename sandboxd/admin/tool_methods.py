@@ -11,6 +11,7 @@ from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.result import printed
+from sandboxd.broker.session import about
 from sandboxd.errors import Conflict, Invalid, NotFound
 from sandboxd.names import shown
 from sandboxd.policy.decide import session_terms
@@ -56,9 +57,7 @@ class ToolMethods:
         if not isinstance(arguments, dict):
             raise Invalid("the arguments are a JSON object")
         session = await self._session(params)
-        agent = session.agent
-        about = {"agent": agent.slug, "team": agent.team, "session": session.id, "tool": tool}
-        await self._daemon.audit.append("tools.run", by=caller.name, **about)
+        await self._daemon.audit.append("tools.run", by=caller.name, **about(session), tool=tool)
         try:
             result = await self._daemon.calls.call(session, tool, arguments)
         finally:

@@ -12,12 +12,13 @@ from typing import Any
 import trio
 
 from sandboxd.admin.params import iso, known_agent, param, slug, strings, thread
+from sandboxd.admin.reach import no_agent
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.errors import Conflict, Invalid, SandboxdError
+from sandboxd.errors import Conflict, Invalid, NotFound, SandboxdError
 from sandboxd.maskable import review
 from sandboxd.names import agent_slug, shown, variable_name
 from sandboxd.policy import DEFAULT_TEAM
-from sandboxd.policy.mcpserver import server_of
+from sandboxd.policy.explain import launched_for
 from sandboxd.policy.model import SecretSpec
 from sandboxd.running import Daemon
 from sandboxd.secret import Secret
@@ -27,7 +28,7 @@ __all__ = ["VariableMethods"]
 
 
 class VariableMethods:
-    """``env.list``, ``env.set`` and ``env.remove``."""
+    """``env.list``, ``env.set``, ``env.remove`` and ``env.revoke``."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -37,15 +38,17 @@ class VariableMethods:
             "env.list": self.list_,
             "env.set": self.set_,
             "env.remove": self.remove,
+            "env.revoke": self.revoke,
         }
 
     async def list_(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        team, agent = await self._place(params, known=True)
+        team, agent = await self._place(caller, params, known=True)
         variables = await thread(self._daemon.vault.of(team).list, agent)
         return Reply(
             {
                 "agent": agent,
                 "team": team,
+                "elsewhere": await self._elsewhere(caller, team, agent),
                 "variables": [
                     {
                         "name": v.name,
@@ -55,6 +58,7 @@ class VariableMethods:
                         "last_used_at": iso(v.last_used_at),
                         "fingerprint": v.fingerprint,
                         "size": v.size,
+                        "held_by": self._holding(team, agent, {v.name: v.version - 1}),
                     }
                     for v in variables
                 ],
@@ -99,7 +103,7 @@ class VariableMethods:
         )
 
     async def remove(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        team, agent = await self._place(params, known=False)
+        team, agent = await self._place(caller, params, known=False)
         variables = self._daemon.vault.of(team)
         names = [variable_name(name) for name in strings(params, "names")]
         now = bool(params.get("now"))
@@ -126,7 +130,33 @@ class VariableMethods:
             }
         )
 
-    async def _place(self, params: dict[str, Any], *, known: bool) -> tuple[str, str]:
+    async def revoke(self, caller: Caller, params: dict[str, Any]) -> Reply:
+        """Take every version but the newest from live sessions: what ``set`` with ``now`` does."""
+        team, agent = await self._place(caller, params, known=True)
+        names = [variable_name(name) for name in strings(params, "names")]
+        newest = {v.name: v.version for v in await thread(self._daemon.vault.of(team).list, agent)}
+        if absent := [name for name in names if name not in newest]:
+            raise NotFound(
+                f"{agent} has no variable {shown(absent[0])}",
+                hint=f"see: sandboxctl env list {agent}",
+            )
+        older = {name: newest[name] - 1 for name in names}
+        lost = self._holding(team, agent, older)
+        with trio.CancelScope(shield=True):
+            cancelled = await self._revoke(caller, team, agent, older)
+        return Reply(
+            {
+                "agent": agent,
+                "team": team,
+                "versions": older,
+                "sessions": lost,
+                "cancelled_calls": cancelled,
+            }
+        )
+
+    async def _place(
+        self, caller: Caller, params: dict[str, Any], *, known: bool
+    ) -> tuple[str, str]:
         """The team and the agent whose variables are meant.
 
         Variables belong to the team that the agent was in when they were set. Those of a team that
@@ -134,7 +164,10 @@ class VariableMethods:
         """
         agent, config = slug(params), self._daemon.config
         if params.get("team") is not None:
-            return agent_slug(param(params, "team", str)), agent
+            team = agent_slug(param(params, "team", str))
+            if not caller.principal.reaches(team, agent):
+                raise no_agent(agent)
+            return team, agent
         if known or agent in config.agents:
             return known_agent(self._daemon, params).team, agent
         teams = await thread(self._daemon.vault.teams_of, agent)
@@ -144,6 +177,11 @@ class VariableMethods:
                 hint="name one: --team TEAM",
             )
         return (teams or [DEFAULT_TEAM])[0], agent
+
+    async def _elsewhere(self, caller: Caller, team: str, agent: str) -> list[str]:
+        """Other teams in which the agent has variables: it was there before, or another was."""
+        teams = await thread(self._daemon.vault.teams_of, agent)
+        return [one for one in teams if one != team and caller.principal.reaches(one, agent)]
 
     @asynccontextmanager
     async def _told_when_failing(
@@ -206,10 +244,7 @@ class VariableMethods:
     def _declared(self, agent: str) -> list[SecretSpec]:
         """What the tools of the agent declare."""
         config = self._daemon.config
-        tools = [config.tools[name] for name in config.agents[agent].tools if name in config.tools]
-        names = config.agents[agent].tools
-        servers = [server for name in names if (server := server_of(config, name)) is not None]
-        tools += [server.launch for server in servers]
+        tools = launched_for(config, config.agents[agent])
         return [secret for tool in tools for secret in tool.secrets]
 
     def _plain(self, agent: str) -> Collection[str]:

@@ -77,9 +77,9 @@ class Approvals:
         return list(self._waiting.values())
 
     def asked(self) -> dict[str, tuple[str, str]]:
-        """Agent and session of every question that waits or is remembered, by its whole id."""
-        settled = {id: (agent, session) for id, (_, agent, session) in self._settled.items()}
-        open_ = {id: (w.question.agent, w.question.session) for id, w in self._waiting.items()}
+        """Team and agent of every question that waits or is remembered, by its whole id."""
+        settled = {id: (team, agent) for id, (_, team, agent) in self._settled.items()}
+        open_ = {id: (w.question.team, w.question.agent) for id, w in self._waiting.items()}
         return settled | open_
 
     def count(self, session: str) -> int:
@@ -304,7 +304,7 @@ class Approvals:
         waiting.answer = answer
         self._waiting.pop(waiting.question.id, None)
         question = waiting.question
-        self._settled[question.id] = (answer, question.agent, question.session)
+        self._settled[question.id] = (answer, question.team, question.agent)
         while len(self._settled) > _SETTLED:
             self._settled.popitem(last=False)
         self._publish(waiting)

@@ -31,7 +31,8 @@ from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.servers import Servers, Tally
-from sandboxd.broker.session import Session
+from sandboxd.broker.session import Session, about, belongs
+from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
@@ -127,10 +128,15 @@ class Calls:
 
     def running(self, session_id: str | None = None) -> int:
         """How many calls are alive, of one session or of all."""
-        return sum(
-            session_id in (None, live.session.id) and not live.asking
-            for live in self._live.values()
-        )
+        return sum(not live.asking for live in self._alive(session_id))
+
+    def in_flight(self, session_id: str) -> list[JSON]:
+        """The calls of a session that are alive, the oldest first."""
+        alive = self._alive(session_id)
+        return [{"call": one.id, "tool": one.tool, "waiting": one.asking} for one in alive]
+
+    def _alive(self, session_id: str | None) -> list[_Live]:
+        return [one for one in self._live.values() if session_id in (None, one.session.id)]
 
     async def call(
         self,
@@ -169,8 +175,7 @@ class Calls:
             [
                 live
                 for live in self._live.values()
-                if (live.session.agent.team, live.session.agent.slug) == (team, agent)
-                and 0 < live.versions.get(name, 0) <= up_to
+                if belongs(live.session, team, agent) and 0 < live.versions.get(name, 0) <= up_to
             ],
             f"the variable {name} was revoked",
         )
@@ -180,10 +185,7 @@ class Calls:
 
     async def cancel_session(self, session_id: str) -> int:
         """End every call of a session; how many there were. Returns when their trees are dead."""
-        return await self._cancel(
-            [live for live in self._live.values() if live.session.id == session_id],
-            "the session was stopped",
-        )
+        return await self._cancel(self._alive(session_id), "the session was stopped")
 
     async def end_session(self, session_id: str) -> None:
         """End what is kept ready for the calls of a session. It makes no more of them."""
@@ -385,6 +387,8 @@ class Calls:
         """Start the program and stay with it until its tree is dead and its output read."""
         async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
             with contextlib.ExitStack() as given:
+                way_out = (self._audit.append, self._vault, live.session.snapshot)
+                outlet = given.enter_context(open_outlet(prepared.egress, _who(live), *way_out))
                 stdout, stdout_end = descriptors.output(given)
                 stderr, stderr_end = descriptors.output(given)
                 readers = [trio.Event(), trio.Event()]
@@ -398,10 +402,13 @@ class Calls:
                     extra=[
                         *(descriptors.memory(data, given) for data in prepared.descriptors),
                         *([live.session.overlay] if prepared.spec.brings_namespace else ()),
+                        *outlet.fds,
                     ],
                 )
+                outlet.take()
             live.alive = True
             nursery.start_soon(capture.report)
+            nursery.start_soon(outlet.serve)
             try:
                 with ended:
                     launched = self._audit.note("call.launched", **_who(live), pid=process.pid)
@@ -448,16 +455,12 @@ class Calls:
     async def _touch(self, live: _Live) -> None:
         """Remember when the variables were last used, at most once a second for each."""
         now, agent = time.time(), live.session.agent
-        due = [
-            use
-            for name, version in live.versions.items()
-            if now - self._touched.get(use := (agent.team, agent.slug, name, version), 0.0)
-            > _TOUCH_PAUSE
-        ]
+        held = [(agent.team, agent.slug, *held) for held in live.versions.items()]
+        due = [use for use in held if now - self._touched.get(use, 0.0) > _TOUCH_PAUSE]
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
-            touch = self._vault.of(agent.team).touch
-            await trio.to_thread.run_sync(touch, [use[1:] for use in due], now)
+            uses = [use[1:] for use in due]
+            await trio.to_thread.run_sync(self._vault.of(agent.team).touch, uses, now)
 
 
 async def _read(
@@ -502,9 +505,7 @@ def _unrecorded(live: _Live, error: StoreError) -> CallResult:
 
 
 def _who(live: _Live) -> dict[str, Any]:
-    session, agent = live.session, live.session.agent
-    about = {"agent": agent.slug, "team": agent.team, "session": session.id}
-    return {**about, "tool": live.tool, "call": live.id}
+    return {**about(live.session), "tool": live.tool, "call": live.id}
 
 
 def _new_id() -> str:

@@ -1,7 +1,8 @@
 """From a decision and its secrets to what the launcher starts: one pure function, no side effects.
 
 A tool's environment starts empty. What it holds is in this order, later ones never replacing
-earlier ones: PATH, HOME, LANG, TMPDIR, the manifest's constants, the secrets that it declares.
+earlier ones: PATH, HOME, LANG, TMPDIR, the manifest's constants, where the proxy is, the secrets
+that it declares.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sandboxd.egress import layout as egress
 from sandboxd.errors import Invalid
 from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import node_argv, node_mounts, python_argv, python_mounts
 from sandboxd.isolation.wire import UNPINNED, FileSpec, LaunchSpec, MountSpec
 from sandboxd.names import MAX_ENV_STRING, variable_value
 from sandboxd.policy.decide import Decision
+from sandboxd.policy.egress import NO_EGRESS, EgressTerms
 from sandboxd.policy.model import SecretSpec, Tool
 from sandboxd.policy.programs import TOOL_PATH, Held
 from sandboxd.secret import Secret
@@ -49,6 +52,7 @@ class Prepared:
     spec: LaunchSpec
     stdin: bytes | None = field(repr=False)
     descriptors: tuple[bytes, ...] = field(default=(), repr=False)
+    egress: EgressTerms = NO_EGRESS
 
 
 def prepare(
@@ -74,8 +78,7 @@ def prepare(
     tool = decision.tool
     if tool is None:
         raise Invalid("there is no tool to launch")
-    environment = dict(_BASE)
-    environment.update(tool.environment)
+    environment = {**dict(_BASE), **tool.environment, **egress.environment(decision.egress)}
     env = [(name.encode(), value.encode()) for name, value in environment.items()]
     files: list[FileSpec] = []
     descriptors: list[bytes] = []
@@ -115,8 +118,9 @@ def prepare(
         extra_fds=tuple(range(FIRST_FD, FIRST_FD + len(descriptors))),
         limits=launch_limits(decision.limits),
         template=template,
+        listeners=egress.listeners(decision.egress),
     )
-    return Prepared(spec_out, stdin, tuple(descriptors))
+    return Prepared(spec_out, stdin, tuple(descriptors), decision.egress)
 
 
 def _argv(tool: Tool, decision: Decision, held: Held | None) -> tuple[bytes, ...]:

@@ -20,7 +20,8 @@ from sandboxd.broker.chosen import Chosen, unseal
 from sandboxd.broker.failures import describe, first
 from sandboxd.broker.launch import Prepared, prepare
 from sandboxd.broker.mcppeer import Fault, Peer
-from sandboxd.broker.session import Session
+from sandboxd.broker.session import Session, about
+from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.client import Exit, Launcher, Process
 from sandboxd.isolation.uids import UidPool
@@ -227,6 +228,8 @@ class Running:
                 stderr, stderr_end = descriptors.output(given)
                 stdin, stdin_end = descriptors.input_(given)
                 nursery.start_soon(self._listen, stderr, heard := trio.Event())
+                way_out = (self._begin.audit.append, self._begin.vault, self.session.snapshot)
+                outlet = given.enter_context(open_outlet(prepared.egress, self._who(), *way_out))
                 try:
                     process = await self._begin.launcher.launch(
                         prepared.spec,
@@ -236,13 +239,16 @@ class Running:
                         extra=[
                             *(descriptors.memory(data, given) for data in prepared.descriptors),
                             *([self.session.overlay] if prepared.spec.brings_namespace else ()),
+                            *outlet.fds,
                         ],
                     )
+                    outlet.take()
                 except BaseException:
                     await trio.aclose_forcefully(stdout)
                     await trio.aclose_forcefully(stdin)
                     raise
             self.pid = process.pid
+            nursery.start_soon(outlet.serve)
             self._peer = Peer(stdin, stdout)
             try:
                 async with stdin, stdout:
@@ -348,14 +354,7 @@ class Running:
         )
 
     def _who(self) -> dict[str, Any]:
-        session = self.session
-        return {
-            "agent": session.agent.slug,
-            "team": session.agent.team,
-            "session": session.id,
-            "server": self.server.name,
-            "id": self.id,
-        }
+        return {**about(self.session), "server": self.server.name, "id": self.id}
 
 
 def _how(end: Exit) -> str:

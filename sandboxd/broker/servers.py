@@ -25,7 +25,7 @@ from sandboxd.broker.content import passed_on
 from sandboxd.broker.mcppeer import Fault, RemoteError
 from sandboxd.broker.result import CallResult
 from sandboxd.broker.serverrun import Running, Start
-from sandboxd.broker.session import Session
+from sandboxd.broker.session import Session, about, belongs
 from sandboxd.errors import Denied, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.uids import UidPool
@@ -105,8 +105,7 @@ class Servers:
         holding = [
             one
             for one in self._live.values()
-            if (one.session.agent.team, one.session.agent.slug) == (team, agent)
-            and 0 < one.versions.get(name, 0) <= up_to
+            if belongs(one.session, team, agent) and 0 < one.versions.get(name, 0) <= up_to
         ]
         for one in holding:
             one.end(f"the variable {name} was revoked")
@@ -240,9 +239,7 @@ class Servers:
             await self._check(running, tool)
             await self._audit.append(
                 "call.launched",
-                agent=running.session.agent.slug,
-                team=running.session.agent.team,
-                session=running.session.id,
+                **about(running.session),
                 tool=tool.name,
                 call=call,
                 pid=running.pid,
@@ -284,9 +281,7 @@ class Servers:
             log.warning("%s offers other tools than were accepted: %s", name, ", ".join(changes))
             await self._audit.append(
                 "server.changed",
-                agent=running.session.agent.slug,
-                team=running.session.agent.team,
-                session=running.session.id,
+                **about(running.session),
                 server=name,
                 id=running.id,
                 tools=list(changes),

@@ -8,7 +8,7 @@ from typing import Protocol
 from sandboxd.policy.model import Agent, Config
 from sandboxd.vault.vault import Snapshot
 
-__all__ = ["Session"]
+__all__ = ["Session", "about", "belongs"]
 
 
 class Session(Protocol):
@@ -34,3 +34,14 @@ class Session(Protocol):
 
     @property
     def uid(self) -> int: ...
+
+
+def about(session: Session) -> dict[str, str]:
+    """Whom a record of a session concerns."""
+    agent = session.agent
+    return {"agent": agent.slug, "team": agent.team, "session": session.id}
+
+
+def belongs(session: Session, team: str, agent: str) -> bool:
+    """Whether a session is of this agent, in this team."""
+    return (session.agent.team, session.agent.slug) == (team, agent)

@@ -15,9 +15,12 @@ from sandboxd.cli.reading import read_input
 from sandboxd.errors import ConfigError, Invalid, Unavailable
 
 if TYPE_CHECKING:
-    from sandboxd.cli.dotenv import Entry
+    from sandboxd.dotenv import Entry
 
 __all__ = ["add", "ask", "checked_name", "read_entries"]
+
+#: Which is not worth a word: most hosts have no other.
+DEFAULT_TEAM = "default"
 
 #: Most characters that a terminal delivers as one line (N_TTY_BUF_SIZE less its end, termios(3)).
 _TERMINAL_LINE = 4095
@@ -52,6 +55,7 @@ def add(commands: Commands, name: str, line: str) -> None:
             examples=[("sandboxctl env list reporter", "what the agent's tools can be given")],
         )
     )
+    _with_team(parser)
     parser = _with_agent(
         command(
             nouns,
@@ -102,7 +106,21 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("names", metavar="NAME", nargs="+", help="the variable")
     parser.lookups["names"] = "variables"
+    _with_team(parser)
     _with_now(parser)
+    parser = _with_agent(
+        command(
+            nouns,
+            "revoke",
+            revoke,
+            help="take replaced values from live sessions",
+            description="Take every version of these variables but the newest from live sessions, "
+            "and end the tool calls that hold one: what set --now would have done at once.",
+            examples=[("sandboxctl env revoke reporter API_TOKEN", "after env set without --now")],
+        )
+    )
+    parser.add_argument("names", metavar="NAME", nargs="+", help="the variable")
+    parser.lookups["names"] = "variables"
     parser = _with_agent(
         command(
             nouns,
@@ -128,7 +146,7 @@ def add(commands: Commands, name: str, line: str) -> None:
 
 def list_(args: argparse.Namespace) -> int:
     with connect(args) as daemon:
-        got = daemon.call("env.list", agent=args.agent)
+        got = daemon.call("env.list", agent=args.agent, **_team(args))
     if args.json:
         output.print_json(got)
         return 0
@@ -146,8 +164,11 @@ def list_(args: argparse.Namespace) -> int:
             for row in got["variables"]
         ),
         ("NAME", "VERSION", "SET", "BY", "LAST USED", "FINGERPRINT", "SIZE"),
-        empty=f"{args.agent} has no variables",
+        empty=f"{args.agent} has no variables"
+        + (f" in team {got['team']}" if got["team"] != DEFAULT_TEAM else ""),
     )
+    if got["elsewhere"]:
+        output.note(f"it has others in team {', '.join(got['elsewhere'])}: --team shows them")
     return 0
 
 
@@ -162,13 +183,27 @@ def remove(args: argparse.Namespace) -> int:
     for name in args.names:
         variable_name(name)
     with connect(args) as daemon:
-        got = daemon.call("env.remove", agent=args.agent, names=args.names, now=args.now)
+        got = daemon.call(
+            "env.remove", agent=args.agent, names=args.names, now=args.now, **_team(args)
+        )
     if args.json:
         output.print_json(got)
         return 0
     for name, version in got["versions"].items():
         print(f"removed {name} (it was version {version})")
     _say_when(args, got)
+    return 0
+
+
+def revoke(args: argparse.Namespace) -> int:
+    with connect(args) as daemon:
+        got = daemon.call("env.revoke", agent=args.agent, names=args.names)
+    if args.json:
+        output.print_json(got)
+        return 0
+    sessions, calls = len(got["sessions"]), got["cancelled_calls"]
+    lost = "none" if not sessions else output.amount(sessions, "live session")
+    print(f"older values are revoked: {lost} had one; {output.amount(calls, 'tool call')} ended")
     return 0
 
 
@@ -217,7 +252,7 @@ def read_entries(path: str, *, otherwise: str) -> list[Entry]:
 
     Raises Invalid with every mistake and its line; ``otherwise`` is what that means.
     """
-    from sandboxd.cli import dotenv
+    from sandboxd import dotenv
 
     shown = "standard input" if path == "-" else path
     entries, problems = dotenv.parse(read_input(path, shown))
@@ -386,6 +421,18 @@ def _with_agent(parser: Parser) -> Parser:
     parser.add_argument("agent", metavar="AGENT", help="the agent's slug")
     parser.lookups["agent"] = "agents"
     return parser
+
+
+def _with_team(parser: Parser) -> None:
+    parser.add_argument(
+        "--team",
+        metavar="TEAM",
+        help="of this team: what an agent left there when it moved, or one that is no more",
+    )
+
+
+def _team(args: argparse.Namespace) -> dict[str, str]:
+    return {"team": args.team} if args.team else {}
 
 
 def _with_force(parser: Parser) -> None:

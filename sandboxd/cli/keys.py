@@ -182,6 +182,7 @@ def show(args: argparse.Namespace) -> int:
                 else []
             ),
             *([("replaces", key["replaces"])] if key["replaces"] else []),
+            ("made keys", key["made_keys"]),
             ("sessions", key["sessions"]),
         ]
     )
@@ -196,6 +197,8 @@ def deactivate(args: argparse.Namespace) -> int:
         return 0
     print(f"deactivated {got['key']['id']} ({got['key']['label']})")
     say_ended(got)
+    if got["key"]["made_keys"]:
+        output.note(f"keys that it made still work: {', '.join(got['key']['made_keys'])}")
     return 0
 
 

@@ -18,12 +18,13 @@ NOUNS: dict[str, tuple[str, str]] = {
     "run": ("run", "start an agent here: its output on this terminal, its exit status returned"),
     "session": ("session", "start, list, show and stop sessions, and read their output"),
     "env": ("env", "set, list and remove an agent's secret variables"),
-    "agents": ("agents", "the agents that are configured"),
+    "agents": ("agents", "list and show the agents that are configured"),
     "tools": ("tools", "the tools that agents can call: list, check, write, try and run them"),
     "policy": ("policy", "check policies, explain a decision, see what a reload would change"),
     "approvals": ("approvals", "tool calls that wait for an operator: show, approve, deny, watch"),
     "keys": ("keys", "API keys, for who comes in over HTTP: make, list, rotate, deactivate"),
     "tokens": ("tokens", "short-lived tokens for an application's users: make, revoke"),
+    "dashboard": ("dashboard", "a link that signs a browser in to the dashboard"),
     "audit": ("audit", "read and verify the audit log"),
     "config": ("config", "check the configuration, print its schemas"),
     "reload": ("status", "apply a changed configuration"),
@@ -222,11 +223,28 @@ def command(
     return made
 
 
-def group(commands: Commands, name: str, *, help: str, description: str = "") -> Commands:
-    """Add a noun with commands of its own; returns what :func:`command` adds to."""
+def group(
+    commands: Commands,
+    name: str,
+    *,
+    help: str,
+    description: str = "",
+    otherwise: Callable[[argparse.Namespace], int] | None = None,
+) -> Commands:
+    """Add a noun with commands of its own; returns what :func:`command` adds to.
+
+    ``otherwise`` carries out the noun alone.
+    """
     made: Parser = commands.add_parser(name, help=help, description=_wrapped(description))
+    if otherwise is not None:
+        _add_shared(made)
+        made.set_defaults(run=otherwise, parser=made)
     return made.add_subparsers(
-        title="commands", metavar="COMMAND", dest="subcommand", parser_class=Parser, required=True
+        title="commands",
+        metavar="COMMAND",
+        dest="subcommand",
+        parser_class=Parser,
+        required=otherwise is None,
     )
 
 

@@ -56,6 +56,29 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.lookups.update(agent="agents", tool="tools")
     parser = command(
         nouns,
+        "egress",
+        egress,
+        help="show what an agent or a tool may reach, and decide about one destination",
+        description="List the hosts and relays that an agent's own process, or with --tool one of "
+        "its tools, may reach, and what bounds them. With HOST:PORT decide about it as the proxy "
+        "would, by its name; the addresses of a name are decided when it is resolved. Exits with 4 "
+        "when it would be refused.",
+        examples=[
+            ("sandboxctl policy egress reporter", "all that it may reach"),
+            ("sandboxctl policy egress reporter api.example.com:443", "would this be allowed?"),
+            (
+                "sandboxctl policy egress --tool fetch --method POST reporter example.com:80",
+                "a request that one of its tools would make",
+            ),
+        ],
+    )
+    parser.add_argument("agent", metavar="AGENT", help="the agent")
+    parser.add_argument("target", metavar="HOST:PORT", nargs="?", default="", help="a destination")
+    parser.add_argument("--method", metavar="METHOD", default="", help="of a plain HTTP request")
+    parser.add_argument("--tool", metavar="TOOL", help="one of its tools rather than the agent")
+    parser.lookups.update(agent="agents", tool="tools")
+    parser = command(
+        nouns,
         "diff",
         diff,
         help="show what a reload would change, for each agent and tool",
@@ -106,6 +129,7 @@ def explain(args: argparse.Namespace) -> int:
             ("injects", [_injected(item, got) for item in got["inject"]]),
             *([("waits", f"for an operator, {waits:g} s at most")] if waits else []),
             ("network", _with_place(got["network"], by.get("network"))),
+            *([("egress", got["egress"])] if got["egress"] else []),
             ("workspace", _with_place(got["workspace"], by.get("workspace"))),
             (
                 "limits",
@@ -116,6 +140,33 @@ def explain(args: argparse.Namespace) -> int:
                 ],
             ),
             ("isolation", [_layer(layer) for layer in got.get("isolation") or got["lowered"]]),
+        ]
+    output.fields(shown)
+    return status
+
+
+def egress(args: argparse.Namespace) -> int:
+    with connect(args) as daemon:
+        got = daemon.call(
+            "policy.egress",
+            agent=args.agent,
+            tool=args.tool,
+            target=args.target,
+            method=args.method,
+        )
+    denied = got.get("verdict") == "deny"
+    status = Denied.exit_code if denied else 0
+    if args.json:
+        output.print_json(got)
+        return status
+    nothing = "everything: network: host" if got["network"] == "host" else "nothing"
+    shown = [("allows", got["allows"] or [nothing])]
+    if args.target:
+        shown = [
+            ("verdict", f"{got['verdict']} {got['destination']}"),
+            ("rule", got["rule"]),
+            *([("reason", got["reason"])] if denied else []),
+            *shown,
         ]
     output.fields(shown)
     return status

@@ -13,7 +13,7 @@ import stat
 from typing import Any
 
 from sandboxd.admin.client import AdminClient, Client
-from sandboxd.cli import output
+from sandboxd.cli import output, sessions
 from sandboxd.cli.daemon import connect, connect_here, server_of
 from sandboxd.cli.parser import Commands, command
 from sandboxd.errors import Invalid, KernelError, SandboxdError
@@ -55,6 +55,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.add_argument("agent", metavar="AGENT", help="the agent's slug")
     parser.lookups["agent"] = "agents"
     parser.add_argument("-t", "--tty", action="store_true", help="give the agent a terminal")
+    sessions.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         )
     from sandboxd.cli import terminal
 
+    own = sessions.options(args)
     size = terminal.window_size(0) if args.tty else (24, 80)
     with connect_here(args) as daemon:
         try:
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
                 "session.start",
                 agent=args.agent,
                 args=args.rest or [],
+                **own,
                 tty=args.tty,
                 attach=True,
                 rows=size[0],
@@ -95,11 +98,12 @@ def _run_there(args: argparse.Namespace) -> int:
             "an agent over HTTP has no terminal: -t needs the daemon's own host",
             hint="leave -t away, or log in there and run it without --server",
         )
+    own = sessions.options(args)
     if _brings_input():
         output.note("sandboxctl: standard input is not sent: over HTTP an agent has none")
     with connect(args) as daemon, terminal.signals(terminal.FORWARDED) as wakeup:
         try:
-            request = daemon.follow("session.run", agent=args.agent, args=args.rest or [])
+            request = daemon.follow("session.run", agent=args.agent, args=args.rest or [], **own)
             ended = _follow(daemon, request, wakeup)
         except KernelError as error:
             args.failed_status = could_not_execute(error)

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from sandboxd.cli import beside, changes, output
+from sandboxd.cli import beside, changes, output, sessions
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
 from sandboxd.errors import Invalid
@@ -40,6 +40,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("agent", metavar="AGENT", help="the agent's slug")
     parser.lookups["agent"] = "agents"
+    sessions.add_options(parser)
     parser = command(
         nouns,
         "list",
@@ -98,9 +99,10 @@ def add(commands: Commands, name: str, line: str) -> None:
 
 
 def start(args: argparse.Namespace) -> int:
+    own = sessions.options(args)
     with connect(args) as daemon:
         got = daemon.call(
-            "session.start", agent=args.agent, args=args.rest or [], tty=False, attach=False
+            "session.start", agent=args.agent, args=args.rest or [], **own, tty=False, attach=False
         )
     if args.json:
         output.print_json(got)
@@ -152,17 +154,22 @@ def show(args: argparse.Namespace) -> int:
         [
             ("session", got["id"]),
             ("agent", got["agent"]),
+            *([("team", got["team"])] if got["team"] != "default" else []),
             ("policy", got["policy"]),
             ("state", _state(got)),
             ("pid", got.get("pid") or "-"),
             ("started", f"{output.when(got['started_at'])} by {got['by']}"),
             ("ended", output.when(got["ended_at"], never="-")),
+            *([("ends", output.when(got["ends_at"]))] if got.get("ends_at") else []),
+            *([("key", got["key"])] if got.get("key") else []),
+            *([("for", got["subject"])] if got.get("subject") else []),
             ("calls", _calls(got)),
             ("workspace", got.get("workspace") or "none"),
             *([("changes", got["changes"])] if got.get("changes") else []),
             ("network", got.get("network") or "-"),
             ("tools", got.get("tools") or []),
             *([("servers", servers)] if servers else []),
+            *([("environment", got["environment"])] if got.get("environment") else []),
             ("variables", [f"{name} (version {number})" for name, number in variables.items()]),
             ("isolation", [_layer(layer) for layer in got.get("isolation") or []]),
             ("lowered", got.get("lowered") or []),

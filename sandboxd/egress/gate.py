@@ -68,7 +68,7 @@ class Gate:
     record: Record
     dialer: Dialer
     explain: str = ""
-    bounds: Bounds = Bounds()
+    bounds: Bounds = field(default_factory=Bounds)
     _window: float = field(default=0.0, init=False)
     _refused: int = field(default=0, init=False)
 

@@ -8,23 +8,21 @@ form. A refusal is an answer, with the rule and what to run, never a hang.
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import NoReturn
 
 import h11
 import trio
 
+from sandboxd.egress.accept import serve_each
 from sandboxd.egress.forward import forward, headers_for
 from sandboxd.egress.gate import Connection, Gate
 from sandboxd.egress.hello import ClientHello
 from sandboxd.egress.pump import pump
-from sandboxd.egress.wire import Client, Refused, split_authority
+from sandboxd.egress.wire import Client, Refused
 from sandboxd.errors import Denied, Invalid, SandboxdError, Unavailable
-from sandboxd.policy.destinations import Destination, destination
+from sandboxd.policy.destinations import Destination, destination, split_authority
 
 __all__ = ["serve_proxy"]
-
-_log = logging.getLogger(__name__)
 
 _TLS_PORT = 443
 
@@ -34,31 +32,14 @@ async def serve_proxy(listener: trio.SocketListener, gate: Gate) -> NoReturn:
 
     The listener is closed then.
     """
-    places = trio.Semaphore(gate.bounds.connections)
-    async with listener, trio.open_nursery() as nursery:
-        while True:
-            await places.acquire()
-            try:
-                stream = await listener.accept()
-            except BaseException:
-                places.release()
-                raise
-            nursery.start_soon(_serve, stream, gate, places)
-    raise AssertionError("unreachable")
 
-
-async def _serve(stream: trio.SocketStream, gate: Gate, places: trio.Semaphore) -> None:
-    try:
+    async def one(stream: trio.SocketStream) -> None:
         client = Client(stream, gate.bounds)
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while await _one(client, gate):
                 pass
-    except Exception as error:  # noqa: BLE001 - one client must not end the proxy
-        _log.error("an egress connection failed: %s", type(error).__name__)
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.aclose_forcefully(stream)
-        places.release()
+
+    await serve_each(listener, one, gate.bounds.connections)
 
 
 async def _one(client: Client, gate: Gate) -> bool:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from http import HTTPStatus
 
 import h11
 import trio
 
 from sandboxd.egress.gate import Bounds
-from sandboxd.errors import Invalid
-from sandboxd.names import shown
 
-__all__ = ["MAX_HEAD", "Client", "Refused", "split_authority"]
+__all__ = ["MAX_HEAD", "Client", "Refused"]
 
 #: Longest head of a request or response, in bytes.
 MAX_HEAD = 64 << 10
-
-_PORT = re.compile(r"[0-9]{1,5}")
 
 
 class Refused(Exception):
@@ -121,22 +116,3 @@ class Client:
                 self._wire.receive_data(await self.stream.receive_some(64 << 10))
                 continue
             return event  # type: ignore[return-value]
-
-
-def split_authority(text: str, default: int | None) -> tuple[str, int]:
-    """Host and port of ``host:port`` or ``[address]:port``. Raises Invalid.
-
-    User information, which some clients and servers read differently, is refused.
-    """
-    if "@" in text:
-        raise Invalid("an address with a user name in it is not taken")
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        host, port = text, ""
-    if not port:
-        if default is None or (colon and not text.endswith("]")):
-            raise Invalid(f"{shown(text)} has no port")
-        return host, default
-    if not _PORT.fullmatch(port):
-        raise Invalid(f"{shown(text)} has no valid port")
-    return host, int(port)

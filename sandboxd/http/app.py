@@ -8,10 +8,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from sandboxd import __version__
 from sandboxd.errors import SandboxdError
-from sandboxd.http import mcp, routes_operator, routes_platform
+from sandboxd.http import dashboard, mcp, routes_operator, routes_platform, routes_sdk
+from sandboxd.http.attended import ClientLeft
 from sandboxd.http.errors import Refusal, answer, refusal_of
 from sandboxd.http.guard import Guard
 from sandboxd.policy.model import HttpSettings
@@ -20,7 +22,13 @@ from sandboxd.running import Daemon
 __all__ = ["make_app"]
 
 #: Modules with ``router(daemon) -> APIRouter``, in the order in which their routes match.
-ROUTERS = (routes_platform, routes_operator, mcp)
+ROUTERS = (
+    routes_sdk,
+    routes_platform,
+    routes_operator,
+    mcp,
+    dashboard,
+)
 
 _TITLE = "sandboxd"
 _ABOUT = (
@@ -48,10 +56,16 @@ def make_app(daemon: Daemon) -> FastAPI:
     app.add_exception_handler(SandboxdError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientLeft, _left)
+    app.add_exception_handler(Exception, _unexpected)
 
     @app.get("/healthz", tags=["server"], summary="Whether the daemon serves")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
+
+    @app.get("/.well-known/jwks.json", tags=["tokens"], summary="Keys that verify tokens")
+    async def jwks() -> dict[str, Any]:
+        return await daemon.access.jwks()
 
     for module in ROUTERS:
         app.include_router(module.router(daemon))
@@ -93,10 +107,20 @@ async def _invalid(request: Request, error: Exception) -> Response:
         return answer(request.url.path, Refusal(400, "invalid_json", "the body is not valid JSON"))
     found = "; ".join(
         f"{'.'.join(str(step) for step in problem['loc'][1:]) or problem['loc'][0]}: "
-        f"{problem['msg']}"
+        f"{problem['msg'].removeprefix('Value error, ')}"
         for problem in problems[:5]
     )
     return answer(request.url.path, Refusal(400, "validation_error", found))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody gets it
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """The framework raises the error again after this answer, and the server logs where it was."""
+    internal = Refusal(500, "internal", "sandboxd failed at this: its log says where")
+    return answer(request.url.path, internal)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -104,10 +128,24 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     codes = {404: "not_found", 405: "method_not_allowed"}
     messages = {404: "no such route", 405: "this route does not take this method"}
     status = error.status_code
+    headers = dict(error.headers or {})
+    if status == 405:
+        headers = {"allow": ", ".join(_methods_of(request))}
     refusal = Refusal(
         status,
         codes.get(status, "bad_request" if status < 500 else "internal"),
         messages.get(status, "the request could not be read"),
-        error.headers,
+        headers,
     )
     return answer(request.url.path, refusal)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All methods that some route of this path takes; Starlette names the first route's alone."""
+    asked = {"type": "http", "path": request.scope["path"], "root_path": ""}
+    routes = request.app.routes
+    return [
+        method
+        for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+        if any(route.matches({**asked, "method": method})[0] is Match.FULL for route in routes)
+    ]

@@ -22,6 +22,7 @@ from sandboxd.errors import (
     NotFound,
     SandboxdError,
     StoreError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -55,7 +56,7 @@ class Refusal(Exception):
         return cls(
             401,
             "invalid_api_key",
-            message or "invalid API key or token",
+            message or Unauthenticated().message,
             {"www-authenticate": 'Bearer realm="sandboxd"'},
         )
 
@@ -68,7 +69,7 @@ class Refusal(Exception):
 
 def refusal_of(error: SandboxdError) -> Refusal:
     """What an expected failure is in HTTP."""
-    if error.code == "invalid_api_key":
+    if isinstance(error, Unauthenticated):
         return Refusal.unauthenticated()
     message = f"{error.message}: {error.hint}" if error.hint else error.message
     for kind, (status, code) in STATUSES.items():

@@ -20,7 +20,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
 from sandboxd.access.roles import Principal
-from sandboxd.errors import SandboxdError
+from sandboxd.errors import SandboxdError, Unauthenticated
 from sandboxd.http.errors import Refusal, answer, refusal_of
 from sandboxd.http.rates import Rates
 from sandboxd.http.server import (
@@ -31,7 +31,6 @@ from sandboxd.http.server import (
     Scope,
     Send,
     source_of,
-    where,
 )
 from sandboxd.names import shown
 from sandboxd.policy.model import HttpSettings
@@ -116,16 +115,13 @@ class Guard:
         except BodyTooSlow:
             slow = Refusal(408, "too_slow", "the request's body took too long to arrive")
             await answer(path, slow)(scope, receive, told)
+        except Unauthenticated as ended:  # meanwhile; half an answer is cut off
+            if not begun:
+                await answer(path, refusal_of(ended))(scope, receive, told)
         except SandboxdError as failure:
             if begun:
                 raise
             await answer(path, refusal_of(failure))(scope, receive, told)
-        except Exception as failure:
-            if begun:
-                raise  # the server logs it and cuts the answer off
-            _log.error("%s %s failed: %s", scope["method"], shown(path), where(failure))
-            internal = Refusal(500, "internal", "sandboxd failed: its log says where")
-            await answer(path, internal)(scope, receive, told)
 
     async def _admit(self, scope: Scope) -> int:
         """The largest body that this request may have, or Refusal. Finds out who asks."""
@@ -157,7 +153,7 @@ class Guard:
         if not known and (wait := self._failures.wait_of(source)):
             raise Refusal.too_many(wait, "failed attempts")
         try:
-            principal = await self._who(bearer)
+            principal = await self._daemon.access.authenticate(bearer)
         except SandboxdError as failure:
             self._known.pop(digest, None)
             refusal = refusal_of(failure)
@@ -170,9 +166,6 @@ class Guard:
         if len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return principal
-
-    async def _who(self, bearer: str) -> Principal:
-        return await self._daemon.access.authenticate(bearer)
 
     def _held(self, scope: Scope) -> AbstractContextManager[None]:
         """Serve a known sender only as long as its key and token hold."""

@@ -76,6 +76,7 @@ class _Endpoint:
         visit = await self.visits.enter(principal, place["agent"], place["session"])
         if scope["method"] == "DELETE":
             with visit.request():
+                visit.handshakes.pop(_handshake(scope), None)
                 await visit.manager.handle_request(scope, receive, send)
             return
         body = await _whole(receive)
@@ -165,6 +166,11 @@ async def _exchange(
         nonlocal ended
         ended |= answer["type"] == "http.response.body" and not answer.get("more_body", False)
         await send(answer)
+        if answer["type"] == "http.response.start" and answer["status"] < 300:
+            for name, value in answer.get("headers", ()):
+                if name == b"mcp-session-id":
+                    visit.handshakes[value.decode("latin-1")] = None
+                    visit.handshakes.move_to_end(value.decode("latin-1"))
         if (b"content-type", b"text/event-stream") in _plain(answer.get("headers", ())):
             # A stream has begun: its head goes out with the first bytes, and here they are.
             await send({"type": "http.response.body", "body": b": \r\n\r\n", "more_body": True})
@@ -172,6 +178,9 @@ async def _exchange(
     open_id = _open_id(scope, message)
     if open_id is not None:
         visit.ids.add(open_id)
+    if getattr(message, "method", "") == "initialize" and (old := visit.forgotten()):
+        del visit.handshakes[old]
+        await _tell(visit, "DELETE", old, b"", scope)
     try:
         await visit.manager.handle_request(scope, _replayed(body, receive), sent)
     finally:
@@ -189,12 +198,10 @@ def _plain(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, byte
 
 def _open_id(scope: Scope, message: types.JSONRPCMessage) -> tuple[str, int | str] | None:
     """How a request of a handshake is told from its others. Later protocols don't need it."""
-    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-    version = headers.get(b"mcp-protocol-version")
-    handshake = headers.get(b"mcp-session-id")
-    if version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS:
+    version, handshake = dict(scope["headers"]).get(b"mcp-protocol-version"), _handshake(scope)
+    if version is not None and version.decode("latin-1") not in HANDSHAKE_PROTOCOL_VERSIONS:
         return None
-    if handshake is None or not isinstance(message, types.JSONRPCRequest):
+    if not handshake or not isinstance(message, types.JSONRPCRequest):
         return None
     return handshake, coerce_request_id(message.id)
 
@@ -209,6 +216,11 @@ async def _take_back(visit: Visit, id: types.RequestId, scope: Scope) -> None:
         "method": "notifications/cancelled",
         "params": {"requestId": id, "reason": "the client left"},
     }
+    await _tell(visit, "POST", _handshake(scope), json.dumps(cancelled).encode(), scope)
+
+
+async def _tell(visit: Visit, verb: str, handshake: str, body: bytes, scope: Scope) -> None:
+    """Ask something of a handshake's server in its client's place; nobody hears the answer."""
 
     async def nothing_more() -> Message:
         return {"type": "http.disconnect"}
@@ -216,10 +228,17 @@ async def _take_back(visit: Visit, id: types.RequestId, scope: Scope) -> None:
     async def nobody(_: Message) -> None:
         pass
 
-    told = _replayed(json.dumps(cancelled).encode(), nothing_more)
-    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    again = {**scope, "headers": headers, "state": dict(scope["state"])}
-    await visit.manager.handle_request(again, told, nobody)
+    replaced = (b"content-length", b"mcp-session-id")
+    headers = [(name, value) for name, value in scope["headers"] if name not in replaced]
+    headers.append((b"mcp-session-id", handshake.encode("latin-1")))
+    asked = {**scope, "method": verb, "headers": headers, "state": dict(scope["state"])}
+    await visit.manager.handle_request(asked, _replayed(body, nothing_more), nobody)
+
+
+def _handshake(scope: Scope) -> str:
+    """The handshake that a request belongs to; "" for none."""
+    headers = dict(scope["headers"])
+    return bytes(headers.get(b"mcp-session-id", b"")).decode("latin-1")
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

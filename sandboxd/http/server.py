@@ -225,15 +225,16 @@ class _Connection:
         """Let the client read its answer before the close: closing with unread input resets the
         connection and takes the answer along (RFC 9112, 9.6).
         """
+        read = self.h11.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
         with trio.move_on_after(self.bounds.stop_seconds):
-            if isinstance(self.stream, trio.SocketStream):
-                await self.stream.send_eof()
-            elif self.h11.their_state is h11.DONE:
+            if isinstance(self.stream, trio.SSLStream) and read:
                 await self.stream.aclose()
-                return
-            for _ in range(256):
-                if not await self.stream.receive_some(_CHUNK):
-                    return
+            elif not read or self.h11.trailing_data[0]:
+                if isinstance(self.stream, trio.SocketStream):
+                    await self.stream.send_eof()
+                for _ in range(256):
+                    if not await self.stream.receive_some(_CHUNK):
+                        return
 
 
 class _Exchange:
@@ -349,10 +350,14 @@ class _Exchange:
     async def _send_body(self, data: bytes, more: bool) -> None:
         if self.start is None or self.ended:
             raise RuntimeError("a body without a beginning, or after its end")
+        if self.h11.our_state is h11.ERROR:
+            return  # a write failed before
         out = b""
         if self.h11.our_state is h11.SEND_RESPONSE:
             headers = [(bytes(n), bytes(v)) for n, v in self.start.get("headers", ())]
-            if self.connection.server.stopping:
+            # A body that nobody read stands before the next request: there is none on this one.
+            unread = self.h11.their_state is h11.SEND_BODY
+            if unread or self.connection.server.stopping:
                 headers.append((b"connection", b"close"))
             response = h11.Response(status_code=self.start["status"], headers=headers)
             out = self.h11.send(response) or b""
@@ -370,8 +375,15 @@ class _Exchange:
             await writing
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.gone.set()
-            if self.h11.our_state is not h11.ERROR:
-                self.h11.send_failed()
+            self._cut()
+        except trio.Cancelled:
+            self._cut()  # how much of it went out can't be told
+            raise
+
+    def _cut(self) -> None:
+        """Let nothing follow on this connection what may be half an answer."""
+        if self.h11.our_state is not h11.ERROR:
+            self.h11.send_failed()
 
 
 def _scope(request: h11.Request, connection: _Connection) -> Scope:

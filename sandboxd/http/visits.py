@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
 from sandboxd.access.roles import Principal
 from sandboxd.admin.params import thread
+from sandboxd.admin.reach import no_agent
 from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.mcp import tool_server
@@ -41,9 +43,9 @@ MAX_BODY = 4 << 20
 MAX_REQUESTS = 32
 #: Visits at once, and of one API key with all of its tokens.
 MAX_VISITS, MAX_OF_KEY = 512, 64
-#: Handshakes (of protocols before 2026) that one visit may keep, and the seconds without a request
-#: after which they, and then the visit itself, are over.
-MAX_HANDSHAKES, HANDSHAKE_IDLE, VISIT_IDLE = 16, 600.0, 660.0
+#: Handshakes (of protocols before 2026) that one visit keeps: clients make new ones and forget to
+#: end them. And the seconds without a request after which they, and then the visit, are over.
+MAX_HANDSHAKES, HANDSHAKE_IDLE, VISIT_IDLE = 32, 600.0, 660.0
 
 #: Seconds that what was kept ready for a visit may take to end with it.
 _ENDING = 5.0
@@ -68,6 +70,8 @@ class Visit:
     idle_since: float = field(default_factory=trio.current_time)
     #: Requests of handshake protocols that are open: by handshake and their own id.
     ids: set[tuple[str, int | str]] = field(default_factory=set)
+    #: Handshakes, the one that was used last at the end.
+    handshakes: OrderedDict[str, None] = field(default_factory=OrderedDict)
     closed: trio.Event = field(default_factory=trio.Event)
 
     @contextlib.contextmanager
@@ -88,6 +92,16 @@ class Visit:
                 self.closed.set()
         if scope.cancelled_caught:
             raise Unavailable(f"the request was ended: {self.reason}")
+
+    def forgotten(self) -> str:
+        """The handshake that is to make room for a new one, or "" while there is room.
+
+        The one that was used least lately, of those with no open request.
+        """
+        if len(self.handshakes) < MAX_HANDSHAKES:
+            return ""
+        busy = {handshake for handshake, _ in self.ids}
+        return next((one for one in self.handshakes if one not in busy), "")
 
     async def end_requests(self) -> None:
         """Cancel what is open, and wait for it."""
@@ -148,7 +162,7 @@ class Visits:
             tool_server(self._daemon.calls, agent, session, _lacking),
             session_idle_timeout=HANDSHAKE_IDLE,
             max_request_body_size=MAX_BODY,
-            max_sessions=MAX_HANDSHAKES,
+            max_sessions=MAX_HANDSHAKES + MAX_REQUESTS,
         )
         visit = Visit(principal, agent, at, manager)
         return visit
@@ -160,7 +174,9 @@ class Visits:
             return daemon.sessions.get(visit.at)
         config = daemon.config
         agent = agent_named(config, visit.agent)
-        snapshot = await thread(daemon.vault.snapshot, agent.slug)
+        if not visit.principal.reaches(agent.team, agent.slug):  # by a reload a moment ago
+            raise no_agent(agent.slug)
+        snapshot = await thread(daemon.vault.of(agent.team).snapshot, agent.slug)
         # Without a session there are no files: whatever needs them is denied, and recorded so.
         nowhere = attrs.evolve(agent, workspace=Workspace(mode="none"))
         return Standing(nowhere, config, snapshot, None, id=visit.id)

@@ -13,6 +13,7 @@ from sandboxd import names
 from sandboxd.errors import Invalid
 from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.definitions import exposed
+from sandboxd.policy.egress import check_egress
 from sandboxd.policy.files import Trust
 from sandboxd.policy.mcpserver import SEPARATOR
 from sandboxd.policy.model import Agent, ApprovalSettings, HttpSettings, Mount, Policy, Tool
@@ -42,6 +43,7 @@ def check(
     for agent, document in loaded.agents.values():
         _check_agent(agent, document, loaded, policies, problems)
         _check_reach(_agent_places(agent), document, loaded, directory, problems)
+    _warn_of_shared_places(loaded, problems)
     for tool, document in loaded.tools.values():
         _check_reach(_mount_places(tool.mounts), document, loaded, directory, problems)
         _check_home(tool, document, loaded, problems)
@@ -203,6 +205,14 @@ def _check_agent(
             f"network: host, and policy '{policy.name}' allows its agents none",
             "take a policy with agent_network: host, such as 'agent'",
         )
+    check_egress(agent.egress, agent.network, document, problems)
+    if agent.egress.stated and policy.egress_bounds(agent=True) == ((),):
+        problems.add(
+            file,
+            document.at(("egress",)),
+            f"egress, and policy '{policy.name}' allows its agents none",
+            "name what they may reach under egress in a policy of your own that extends it",
+        )
     for index, name in enumerate(agent.tools):
         tool = loaded.tools.get(name) or loaded.servers.get(name.partition(SEPARATOR)[0])
         if tool and tool[0].network == "host" and policy.network == "none":
@@ -211,6 +221,13 @@ def _check_agent(
                 document.at(("tools", index)),
                 f"{name} needs network: host, and policy '{policy.name}' allows none: "
                 "every call will be denied",
+            )
+        if tool and tool[0].egress.stated and policy.egress_bounds(agent=False) == ((),):
+            problems.warn(
+                file,
+                document.at(("tools", index)),
+                f"{name} names what it reaches under egress, and policy '{policy.name}' allows "
+                "none: it will reach nothing",
             )
 
 
@@ -351,6 +368,24 @@ def _may_match(pattern: str, loaded: Loaded) -> bool:
         matches_glob(name, server) or (name.endswith("*") and server.startswith(name[:-1]))
         for server in loaded.servers
     )
+
+
+def _warn_of_shared_places(loaded: Loaded, problems: Problems) -> None:
+    """A directory that one team's agents write and another's see is a way between them."""
+    places = [
+        (agent, document, path, Path(os.path.realpath(place)), writable)
+        for agent, document in loaded.agents.values()
+        for path, place, writable in _agent_places(agent)
+    ]
+    for agent, document, path, place, _ in places:
+        for other, _, _, its, writable in places:
+            if writable and other.team != agent.team and _overlap(place, its):
+                problems.warn(
+                    document.file,
+                    document.at(path),
+                    f"{place} is shared with agent {other.slug} of team {other.team}, "
+                    "which can write there",
+                )
 
 
 def _agent_places(agent: Agent) -> list[Reach]:

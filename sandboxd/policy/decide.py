@@ -17,6 +17,7 @@ import attrs
 from sandboxd.errors import Invalid
 from sandboxd.names import shown
 from sandboxd.policy.arguments import check_arguments
+from sandboxd.policy.egress import NO_EGRESS, EgressTerms
 from sandboxd.policy.model import (
     AGENT_LIMITS,
     TOOL_LIMITS,
@@ -72,6 +73,7 @@ class Decision:
     inject: tuple[SecretSpec, ...] = ()
     limits: Limits = TOOL_LIMITS
     network: Network = "none"
+    egress: EgressTerms = NO_EGRESS
     workspace: Access = "none"
     timeout: float = 0.0
     output_limit: int = 0
@@ -89,6 +91,7 @@ class SessionTerms:
 
     limits: Limits
     network: Network
+    egress: EgressTerms
     workspace: Access
     require: tuple[str, ...]
     lowered: tuple[str, ...]
@@ -128,6 +131,7 @@ def session_terms(config: Config, agent: Agent) -> SessionTerms:
     return SessionTerms(
         limits=agent.limits.over(AGENT_LIMITS).narrowed(policy.agent_limits),
         network=network,
+        egress=EgressTerms(agent.egress, policy.egress_bounds(agent=True)),
         workspace=lower_access(agent.workspace.mode, policy.workspace),
         require=policy.require,
         lowered=(*(("network",) if network == "host" else ()), *policy.lower),
@@ -222,6 +226,7 @@ def _runnable(
         inject=tool.secrets,
         limits=limits,
         network=tool.network,
+        egress=EgressTerms(tool.egress, policy.egress_bounds(agent=False)),
         workspace=workspace,
         timeout=narrowed.timeout,
         output_limit=narrowed.output_limit,

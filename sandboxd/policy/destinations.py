@@ -10,37 +10,62 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any, NewType
 
 import attrs
 
 from sandboxd.errors import Invalid
 from sandboxd.names import shown
+from sandboxd.policy.values import Wrong, found, text
 
 __all__ = [
+    "ANY_HOST",
     "Address",
+    "AddressRange",
     "Admission",
     "Destination",
     "DestinationRule",
+    "HostAddress",
+    "HostPattern",
+    "HostPort",
+    "HttpMethod",
     "Network",
+    "Port",
     "Verdict",
+    "checks",
     "decide",
     "destination",
     "host_pattern",
     "kind_of",
     "network",
     "read_address",
+    "split_authority",
 ]
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
+
+#: A host name, ``*.`` and a suffix, an address, or :data:`ANY_HOST`.
+HostPattern = NewType("HostPattern", str)
+#: An address or a network, as its text.
+AddressRange = NewType("AddressRange", str)
+HostAddress = NewType("HostAddress", str)
+HostPort = NewType("HostPort", str)
+HttpMethod = NewType("HttpMethod", str)
+Port = NewType("Port", int)
+
+#: Every public host: for a policy, which bounds what agents and tools name.
+ANY_HOST = "*"
 
 #: A host name's label: letters, digits and hyphens (RFC 1123, 2.1); underscores do occur in DNS.
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 #: A last label that some resolver or library takes for a part of an address (inet_aton(3)).
 _NUMBER = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)")
 _MAX_NAME = 253
+_PORT = re.compile(r"[0-9]{1,5}")
 
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 #: Ranges that ipaddress's own properties don't tell, or not in every version of Python.
@@ -84,11 +109,11 @@ class DestinationRule:
     ``addresses``: what else than public addresses the host may have.
     """
 
-    host: str
-    ports: tuple[int, ...] = (443,)
-    methods: tuple[str, ...] = ()
-    addresses: tuple[Network, ...] = ()
-    source: str = ""
+    host: HostPattern
+    ports: tuple[Port, ...] = (Port(443),)
+    methods: tuple[HttpMethod, ...] = ()
+    addresses: tuple[AddressRange, ...] = ()
+    source: str = attrs.field(default="", metadata={"loaded": True})
 
     @property
     def title(self) -> str:
@@ -98,14 +123,17 @@ class DestinationRule:
 
     def names(self, wanted: Destination) -> bool:
         """Whether the host is one that this rule names."""
+        if self.host == ANY_HOST:
+            return True
         if self.host.startswith("*."):
-            return wanted.address is None and wanted.host.endswith(self.host[1:])
+            return wanted.host.endswith(self.host[1:])
         return wanted.host == self.host
 
     def admits(self, address: Address) -> bool:
         """Whether an address that isn't public is named."""
+        ranges = map(network, self.addresses)
         return str(address) == self.host or any(
-            address.version == one.version and address in one for one in self.addresses
+            address.version == one.version and address in one for one in ranges
         )
 
 
@@ -189,46 +217,69 @@ def destination(host: str, port: int) -> Destination:
     return Destination(_name(bare), port)
 
 
-def host_pattern(text: str) -> str:
+def split_authority(words: str, default: int | None) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[address]:port``. Raises Invalid.
+
+    User information, which some clients and servers read differently, is refused.
+    """
+    if "@" in words:
+        raise Invalid("an address with a user name in it is not taken")
+    host, colon, port = words.rpartition(":")
+    if not colon or words.endswith("]"):
+        host, port = words, ""
+    if not port:
+        if default is None or (colon and not words.endswith("]")):
+            raise Invalid(f"{shown(words)} has no port")
+        return host, default
+    if not _PORT.fullmatch(port):
+        raise Invalid(f"{shown(words)} has no valid port")
+    return host, int(port)
+
+
+def host_pattern(words: str) -> HostPattern:
     """A rule's host in its normal form. Raises Invalid for what can't be one."""
-    if text.startswith("*."):
-        suffix = _name(text[2:])
+    if words == ANY_HOST:
+        return HostPattern(ANY_HOST)
+    if words.startswith("*."):
+        suffix = _name(words[2:])
         if "." not in suffix:
             raise Invalid(
-                f"{shown(text)} would allow a whole top-level domain",
+                f"{shown(words)} would allow a whole top-level domain",
                 hint="name at least two labels: '*.example.com'",
             )
-        return "*." + suffix
-    if "*" in text:
+        return HostPattern("*." + suffix)
+    if "*" in words:
         raise Invalid(
-            f"{shown(text)} is not a host", hint="a * stands for whole labels at the beginning only"
+            f"{shown(words)} is not a host",
+            hint="a * stands for whole labels at the beginning only",
         )
-    return destination(text, 443).host
+    return HostPattern(destination(words, 443).host)
 
 
-def network(text: str) -> Network:
+@lru_cache(maxsize=1024)
+def network(words: str) -> Network:
     """An address or a network in CIDR form. Raises Invalid."""
     try:
-        return ipaddress.ip_network(text, strict=True)
+        return ipaddress.ip_network(words, strict=True)
     except ValueError:
         raise Invalid(
-            f"{shown(text)} is not an address or a network",
+            f"{shown(words)} is not an address or a network",
             hint="write it as 10.1.2.3, 10.1.0.0/16 or fd00:1::/64",
         ) from None
 
 
-def read_address(text: str) -> Address:
+def read_address(words: str) -> Address:
     """An address in its one canonical kind of spelling. Raises Invalid."""
     try:
-        found = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(words)
     except ValueError:
         raise Invalid(
-            f"{shown(text)} is neither a host name nor an address in its usual spelling",
+            f"{shown(words)} is neither a host name nor an address in its usual spelling",
             hint="write an IPv4 address as four decimal numbers, an IPv6 address in brackets",
         ) from None
-    if isinstance(found, IPv6Address) and found.scope_id is not None:
-        raise Invalid(f"{shown(text)} names an interface of the host")
-    return found
+    if isinstance(address, IPv6Address) and address.scope_id is not None:
+        raise Invalid(f"{shown(words)} names an interface of the host")
+    return address
 
 
 def kind_of(address: Address) -> str:
@@ -269,15 +320,61 @@ def _plain(address: Address) -> Address | None:
     return address
 
 
-def _name(text: str) -> str:
-    name = text.lower().removesuffix(".")
-    if not text.isascii() or not name or len(name) > _MAX_NAME:
+def _name(words: str) -> str:
+    name = words.lower().removesuffix(".")
+    if not words.isascii() or not name or len(name) > _MAX_NAME:
         raise Invalid(
-            f"{shown(text)} is not a host name",
+            f"{shown(words)} is not a host name",
             hint="write a name in other letters in its xn-- form",
         )
     if not all(_LABEL.fullmatch(label) for label in name.split(".")):
-        raise Invalid(f"{shown(text)} is not a host name")
+        raise Invalid(f"{shown(words)} is not a host name")
     if _NUMBER.fullmatch(name.rpartition(".")[2]):
-        raise Invalid(f"{shown(text)} is neither a host name nor an address")
+        raise Invalid(f"{shown(words)} is neither a host name nor an address")
     return name
+
+
+def _port(value: Any) -> Port:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
+        raise Wrong(f"expected a port from 1 to 65535, found {found(value)}")
+    return Port(value)
+
+
+def _method(value: Any) -> HttpMethod:
+    words = text(value)
+    if not re.fullmatch(r"[A-Z]{1,20}", words) or words == "CONNECT":
+        raise Wrong(f"expected a method of HTTP, found {found(value)}", "write GET, HEAD, POST")
+    return HttpMethod(words)
+
+
+def _host_port(words: str) -> HostPort:
+    host, _, port = words.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit():
+        raise Invalid(f"{shown(words)} is not a host and a port", hint="write db.internal:5432")
+    wanted = destination(host, int(port))
+    return HostPort(str(wanted))
+
+
+def _range(words: str) -> AddressRange:
+    return AddressRange(str(network(words)))
+
+
+def _checked(check: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def checked(value: Any) -> Any:
+        try:
+            return check(text(value))
+        except Invalid as refused:
+            raise Wrong(refused.message, refused.hint) from None
+
+    return checked
+
+
+#: How the values of rules are read from a file.
+checks: dict[Any, Callable[[Any], Any]] = {
+    HostPattern: _checked(host_pattern),
+    HostPort: _checked(_host_port),
+    AddressRange: _checked(_range),
+    HostAddress: _checked(lambda words: HostAddress(str(read_address(words)))),
+    HttpMethod: _method,
+    Port: _port,
+}

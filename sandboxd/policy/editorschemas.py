@@ -19,7 +19,7 @@ from typing import Any
 
 import attrs
 
-from sandboxd.policy import values
+from sandboxd.policy import destinations, values
 from sandboxd.policy.mcpserver import McpServer
 from sandboxd.policy.model import Agent, Concurrency, Condition, SecretSpec, Settings, Stdin, Tool
 from sandboxd.policy.policyfile import Globs, PolicyFile, RuleFile
@@ -55,6 +55,10 @@ _SECTIONS = {
     "SecretSpec": "secrets",
     "Mount": "mounts",
     "UidRange": "uid_range",
+    "Egress": "egress",
+    "DestinationRule": "allow in egress",
+    "Relay": "relays in egress",
+    "Gateway": "gateways in egress",
     "Team": "teams",
     "HttpSettings": "http",
     "HttpLimits": "http limits",
@@ -261,6 +265,12 @@ _SPECIAL: dict[Any, Callable[[_Maker], Schema]] = {
     values.Slug: _text(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"),
     values.ToolName: _text(r"[a-z][A-Za-z0-9_-]{0,63}"),
     values.VariableName: _text(r"[A-Za-z_][A-Za-z0-9_]{0,127}"),
+    destinations.HostPattern: _text(minLength=1),
+    destinations.HostPort: _text(".+:[0-9]{1,5}"),
+    destinations.AddressRange: _text("[0-9A-Fa-f:.]+(?:/[0-9]{1,3})?"),
+    destinations.HostAddress: _text("[0-9A-Fa-f:.]+"),
+    destinations.HttpMethod: _text("[A-Z]{1,20}"),
+    destinations.Port: _plain(type="integer", minimum=1, maximum=65535),
     Globs: _globs,
     SecretSpec: _secret,
     Concurrency: _concurrency,

@@ -20,6 +20,8 @@ from sandboxd.policy.decide import (
     over_ceiling,
     session_terms,
 )
+from sandboxd.policy.destinations import destination, split_authority
+from sandboxd.policy.egress import EgressTerms, decide_egress, egress_lines
 from sandboxd.policy.mcpserver import server_of
 from sandboxd.policy.model import (
     TOOL_LIMITS,
@@ -38,6 +40,8 @@ __all__ = [
     "describe_tool",
     "differences",
     "explain_call",
+    "explain_egress",
+    "launched_for",
     "outlook",
     "tool_named",
 ]
@@ -55,6 +59,13 @@ def agent_named(config: Config, name: str) -> Agent:
             + "; after adding one: sandboxctl reload",
         )
     return config.agents[name]
+
+
+def launched_for(config: Config, agent: Agent) -> list[Tool]:
+    """What is started for the agent and can be given variables: its tools, its servers."""
+    servers = (server_of(config, name) for name in agent.tools)
+    own = {server.name: server.launch for server in servers if server is not None}
+    return [config.tools[name] for name in agent.tools if name in config.tools] + list(own.values())
 
 
 def tool_named(config: Config, name: str) -> Tool:
@@ -87,12 +98,47 @@ def explain_call(config: Config, agent: Agent, tool_name: Any, arguments: Any) -
         "inject": [_secret(spec) for spec in decision.inject],
         "approval_timeout": decision.approval_timeout if decision.verdict == "ask" else None,
         "network": decision.network,
+        "egress": egress_lines(decision.egress),
         "workspace": decision.workspace,
         "lowered": list(decision.lowered),
         "limits": attrs.asdict(decision.limits),
         "timeout": decision.timeout if runs else None,
         "output_limit": decision.output_limit if runs else None,
         "set_by": _set_by(decision, tool, policy, agent) if tool and policy and runs else {},
+    }
+
+
+def explain_egress(
+    config: Config, agent: Agent, tool: Tool | None, target: str, method: str = ""
+) -> dict[str, Any]:
+    """What the agent's own process, or one of its tools, may reach; of ``target`` whether it may.
+
+    ``target`` is HOST:PORT, or empty. Of a name only the name is decided: its addresses are when
+    it is resolved. Raises Invalid for what is no destination.
+    """
+    policy = config.policies[agent.policy]
+    if tool is None:
+        terms = session_terms(config, agent).egress
+    else:
+        terms = EgressTerms(tool.egress, policy.egress_bounds(agent=False))
+    found: dict[str, Any] = {
+        "agent": agent.slug,
+        "tool": tool.name if tool is not None else None,
+        "network": agent.network if tool is None else tool.network,
+        "allows": egress_lines(terms),
+    }
+    if not target:
+        return found
+    host, port = split_authority(target, 443)
+    wanted = destination(host, port)
+    verdict = decide_egress(terms, wanted, method)
+    allowed = verdict.admission is not None
+    return {
+        **found,
+        "destination": str(wanted),
+        "verdict": "allow" if allowed else "deny",
+        "rule": verdict.rule,
+        "reason": verdict.reason,
     }
 
 
@@ -118,6 +164,7 @@ def describe_tool(config: Config, tool: Tool) -> dict[str, Any]:
             {"source": str(m.source), "target": str(m.target), "mode": m.mode} for m in tool.mounts
         ],
         "network": tool.network,
+        "egress": egress_lines(EgressTerms(tool.egress)),
         "timeout": float(tool.timeout),
         "grace": None if tool.grace is None else float(tool.grace),
         "output_limit": int(tool.output_limit),
@@ -186,6 +233,7 @@ def _session_outlook(config: Config, agent: Agent) -> dict[str, Any]:
         terms = session_terms(config, agent)
         found |= {
             "network": terms.network,
+            "egress": egress_lines(terms.egress),
             "workspace": terms.workspace,
             "limits": attrs.asdict(terms.limits),
             "lowered": list(terms.lowered),
@@ -215,6 +263,7 @@ def _tool_outlook(config: Config, agent: Agent, tool: Tool) -> dict[str, Any]:
         "verdict": verdict,
         "rules": [refusal] if refusal else [_rule_text(rule, tool) for rule in rules],
         "network": tool.network,
+        "egress": egress_lines(EgressTerms(tool.egress, policy.egress_bounds(agent=False))),
         "workspace": workspace,
         "limits": attrs.asdict(tool.limits.over(TOOL_LIMITS).narrowed(policy.limits)),
         "timeout": min(tool.timeout, policy.timeout or tool.timeout),

@@ -20,6 +20,7 @@ import attrs
 from sandboxd import names
 from sandboxd.errors import ConfigError, Invalid
 from sandboxd.policy import crosscheck
+from sandboxd.policy.egress import placed
 from sandboxd.policy.files import Source, Trust, list_directory, read_source
 from sandboxd.policy.mcpserver import SEPARATOR, McpServer, complete_server
 from sandboxd.policy.model import Agent, Config, Settings, Tool
@@ -175,7 +176,13 @@ class _Loader:
             if document is None or agent is None:
                 self.loaded.broken["agents"].add(slug)
             else:
-                agent = attrs.evolve(agent, slug=slug, source=label, places=document.places(label))
+                agent = attrs.evolve(
+                    agent,
+                    slug=slug,
+                    source=label,
+                    egress=placed(agent.egress, document, label),
+                    places=document.places(label),
+                )
                 self.loaded.agents[slug] = (agent, document)
 
     def tools(self, directory: Path, *, shipped: bool, only: str = "") -> None:
@@ -195,6 +202,7 @@ class _Loader:
                     directory=folder,
                     source=label,
                     shipped=shipped,
+                    egress=placed(tool.egress, document, label),
                     places=document.places(label),
                 )
                 tool = complete_tool(tool, document, self.trust, self.problems)

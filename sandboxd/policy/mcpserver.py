@@ -17,6 +17,7 @@ from typing import Any, Literal
 import attrs
 
 from sandboxd.policy.definitions import Definition, digest_of, exposed, validator_of
+from sandboxd.policy.egress import Egress, placed
 from sandboxd.policy.files import Trust
 from sandboxd.policy.model import (
     Agent,
@@ -76,6 +77,7 @@ class McpServer:
     workspace: Literal["none", "ro", "rw"] = "none"
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     timeout: Duration = Duration(60.0)
     output_limit: Size = Size(1 << 20)
     on_overflow: Literal["truncate", "kill"] = "truncate"
@@ -147,6 +149,7 @@ def complete_server(
         workspace=server.workspace,
         mounts=server.mounts,
         network=server.network,
+        egress=placed(server.egress, document, label),
         timeout=server.timeout,
         output_limit=server.output_limit,
         on_overflow=server.on_overflow,

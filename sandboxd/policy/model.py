@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import attrs
 
 from sandboxd.isolation.uids import DEFAULT_COUNT, DEFAULT_FIRST
+from sandboxd.policy.destinations import DestinationRule
+from sandboxd.policy.egress import Egress
 from sandboxd.policy.programs import Interpreter
 from sandboxd.policy.template import Template
 from sandboxd.policy.values import (
@@ -316,6 +318,7 @@ class Agent:
     workspace: Workspace = Workspace()
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     limits: Limits = Limits()
     slug: str = _loaded("")
     source: str = _loaded("")
@@ -392,6 +395,7 @@ class Tool:
     workspace: Literal["none", "ro", "rw"] = "none"
     mounts: tuple[Mount, ...] = ()
     network: Network = "none"
+    egress: Egress = Egress()
     timeout: Duration = Duration(60.0)
     grace: Duration | None = None
     output_schema: Mapping[str, Any] | None = attrs.field(default=None, metadata={"key": "output"})
@@ -454,6 +458,8 @@ class Policy:
     extends: Slug | None = None
     network: Network = "none"
     agent_network: Network = "none"
+    #: Lists that each have to allow what an agent or a tool names under ``egress``.
+    egress: tuple[tuple[DestinationRule, ...], ...] = ()
     workspace: Access = "rw"
     limits: Limits = Limits()
     agent_limits: Limits = Limits()
@@ -472,6 +478,12 @@ class Policy:
         """Isolation layers that something under this policy may go without."""
         network = ("network",) if "host" in (self.network, self.agent_network) else ()
         return (*network, *self.lower)
+
+    def egress_bounds(self, *, agent: bool) -> tuple[tuple[DestinationRule, ...], ...]:
+        """What bounds ``egress`` under this policy: nothing where the host's network is allowed
+        and no list says otherwise, and everything where neither is."""
+        network = self.agent_network if agent else self.network
+        return self.egress if self.egress or network == "host" else ((),)
 
 
 @attrs.frozen

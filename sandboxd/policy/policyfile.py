@@ -10,6 +10,8 @@ from typing import Any
 
 import attrs
 
+from sandboxd.policy.destinations import DestinationRule
+from sandboxd.policy.egress import placed_rules
 from sandboxd.policy.model import (
     Access,
     Condition,
@@ -68,6 +70,7 @@ class PolicyFile:
     rules: tuple[RuleFile, ...] = ()
     network: Network | None = None
     agent_network: Network | None = None
+    egress: tuple[DestinationRule, ...] | None = None
     workspace: Access | None = None
     limits: Limits = Limits()
     agent_limits: Limits = Limits()
@@ -143,6 +146,7 @@ def _resolve(
         rules=_rules(written, report) + base.rules,
         network=network,
         agent_network=file.agent_network or ("none" if network == "none" else base.agent_network),
+        egress=(*_egress(written), *base.egress),
         workspace=file.workspace or base.workspace,
         limits=base.limits.narrowed(file.limits),
         agent_limits=base.agent_limits.narrowed(file.agent_limits),
@@ -213,6 +217,12 @@ def _check_lowered(file: PolicyFile, base: Policy, document: Document, problems:
                 at,
                 f"lower: sessions under this policy start also where there is no {feature}",
             )
+
+
+def _egress(written: Written) -> tuple[tuple[DestinationRule, ...], ...]:
+    if written.file.egress is None:
+        return ()
+    return (placed_rules(written.file.egress, written.document, written.label, ("egress",)),)
 
 
 def _rules(written: Written, problems: Problems) -> tuple[Rule, ...]:

@@ -23,7 +23,7 @@ from cattrs.errors import (
 from cattrs.gen import make_dict_structure_fn, override
 
 from sandboxd.names import shown
-from sandboxd.policy import values
+from sandboxd.policy import destinations, values
 from sandboxd.policy.model import Concurrency, Condition, SecretSpec, Stdin
 from sandboxd.policy.policyfile import Globs
 from sandboxd.policy.problems import Problems
@@ -331,7 +331,7 @@ def _make_converter() -> Converter:
         lambda t: _origin(t) is typing.Literal,
         lambda t: lambda value, _: values.choice(value, typing.get_args(t)),
     )
-    for kind, check in values.checks.items():
+    for kind, check in (*values.checks.items(), *destinations.checks.items()):
         # Both of classes and of NewTypes; for str, int and bool it takes the place of coercion.
         converter.register_structure_hook(kind, _hook(check))
     secret = _class_hook(SecretSpec, converter)

@@ -14,6 +14,7 @@ import attrs
 from sandboxd import names
 from sandboxd.errors import Invalid
 from sandboxd.policy.arguments import check_schema
+from sandboxd.policy.egress import check_egress
 from sandboxd.policy.files import Trust, sha256_of
 from sandboxd.policy.model import Mount, SecretSpec, Tool
 from sandboxd.policy.problems import Problems
@@ -82,6 +83,7 @@ def complete_tool(tool: Tool, document: Document, trust: Trust, problems: Proble
         quiet=tool.shipped,
     )
     check_mounts(tool.mounts, document, problems)
+    check_egress(tool.egress, tool.network, document, problems)
     program, digest = _program(tool, document, trust, problems)
     if len(problems.errors) == before:
         tool = _with_interpreters(tool, program, document, trust, problems)

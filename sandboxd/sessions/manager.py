@@ -388,13 +388,16 @@ class Manager:
         try:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
             stdin, stdout, stderr = ends.child
-            session.process = await self._launcher.launch(
-                spec,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                extra=(session.overlay,) if session.overlay >= 0 else (),
-            )
+            with self._records.outlet(session) as outlet:
+                session.process = await self._launcher.launch(
+                    spec,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    extra=(*([session.overlay] if session.overlay >= 0 else ()), *outlet.fds),
+                )
+                outlet.take()
+            serving.start_soon(outlet.serve)
             if session.stop_reason or self._closing:
                 raise _stopped_early(session)
             ends.close_child()

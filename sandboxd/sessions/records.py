@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import trio
 
 from sandboxd.audit import AuditLog
+from sandboxd.egress.outlet import Outlet, open_outlet
 from sandboxd.errors import SandboxdError
 from sandboxd.sessions.session import Ending, Session
 from sandboxd.vault.store import SessionRecord
@@ -40,6 +42,11 @@ class Records:
             variables={name: v.version for name, v in session.snapshot.variables.items()},
         )
         await self.keep(session, "starting")
+
+    def outlet(self, session: Session) -> AbstractContextManager[Outlet]:
+        """The way out of a session's sandbox, whose connections are recorded here too."""
+        terms, snapshot = session.terms.egress, session.snapshot
+        return open_outlet(terms, _about(session), self._audit.append, self._vault, snapshot)
 
     async def ended(self, session: Session) -> None:
         """Note how it ended, cancelled or not. Raises StoreError when that can't be recorded."""

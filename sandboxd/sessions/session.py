@@ -68,6 +68,11 @@ class Session:
         return self.agent.team
 
     @property
+    def ends_at(self) -> float | None:
+        """When its lifetime is over."""
+        return None if self.lifetime is None else self.started_at + self.lifetime
+
+    @property
     def pid(self) -> int:
         """The sandbox's init on the host, 0 before it runs."""
         return self.process.pid if self.process else 0

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 
+from sandboxd.egress import layout as egress
 from sandboxd.errors import Denied, Invalid
 from sandboxd.isolation.overlay import MERGED
 from sandboxd.isolation.runtime import python_mounts
@@ -117,6 +118,7 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
         "SANDBOXD_SOCKET": SOCKET,
         **agent.environment,
         **session.environment,
+        **egress.environment(session.terms.egress),
     }
     if session.tty:
         environment["TERM"] = term if _TERM.fullmatch(term) else "xterm"
@@ -144,6 +146,7 @@ def agent_spec(session: Session, *, bridge: bytes, term: str = "") -> LaunchSpec
             FileSpec(_BRIDGE_PROGRAM, bridge, 0o444),
         ),
         limits=launch_limits(session.terms.limits),
+        listeners=egress.listeners(session.terms.egress),
         further=True,
     )
 

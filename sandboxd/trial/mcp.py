@@ -12,13 +12,16 @@ from typing import Any
 __all__ = ["Client"]
 
 _VERSION = "2025-06-18"
-_PATIENCE = 60.0
 
 
 class Client:
-    """One connection, made by starting the bridge with ``environment`` added to the agent's."""
+    """One connection, made by starting the bridge with ``environment`` added to the agent's.
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    An answer may take ``patience`` seconds.
+    """
+
+    def __init__(self, environment: dict[str, str], patience: float = 60.0) -> None:
+        self._patience = patience
         self._bridge = subprocess.Popen(
             ["sandboxd-mcp"],
             env={**os.environ, **environment},
@@ -62,7 +65,7 @@ class Client:
 
     def wait(self, id: int | None) -> dict[str, Any]:
         """The message with this id. TimeoutError or ConnectionError when it doesn't come."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + self._patience
         while True:
             message = self._line(deadline)
             if "method" not in message and message.get("id") == id:

@@ -45,7 +45,18 @@ def test_every_command_explains_itself_with_examples(node: Node) -> None:
 
 def test_the_contract_of_commands_is_there() -> None:
     assert {words(node) for node in LEAVES} >= {
-        *("status", "reload", "run", "agents", "tools list", "doctor", "demo", "init", "install"),
+        *(
+            "status",
+            "reload",
+            "run",
+            "agents list",
+            "agents show",
+            "tools list",
+            "doctor",
+            "demo",
+            "init",
+            "install",
+        ),
         *("session start", "session list", "session show", "session stop", "session logs"),
         *("env list", "env set", "env remove", "env import", "audit tail", "audit verify"),
         *("policy explain", "config check", "completion"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ input:
   additionalProperties: false
   properties: {word: {type: string}}
 """
+FASTMCP = "fastmcp>=4,<5"
 _NO_INPUT = "input: {type: object, additionalProperties: false}\n"
 
 
@@ -49,3 +51,14 @@ def node() -> str:
     command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
     subprocess.run(command, cwd=Path(__file__).parent / "node", check=True, timeout=300)
     return found
+
+
+@pytest.fixture(scope="session")
+def fastmcp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with fastmcp and all that it needs; not in our own environment."""
+    site = tmp_path_factory.mktemp("fastmcp") / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), FASTMCP]
+    subprocess.run(command, check=True, timeout=600)
+    for directory in (site, *site.parents[:3]):
+        directory.chmod(0o755)
+    return site

@@ -1,4 +1,4 @@
-"""An agent that uses fastmcp's unmodified client. Prints what it saw as one JSON object."""
+"""The unmodified fastmcp client, in an agent or over HTTP. Prints what it saw as JSON."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import os
 import sys
 from typing import Any
 
-sys.path.insert(0, "/opt/site")
+sys.path.insert(0, os.environ.get("FASTMCP", "/opt/site"))
 
 from fastmcp import Client
-from fastmcp.client.transports import StdioTransport
+from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
 from fastmcp.exceptions import ToolError
 
 
 async def main() -> None:
     saw: dict[str, Any] = {"environment": sorted(os.environ)}
-    environment = {"SANDBOXD_SOCKET": os.environ["SANDBOXD_SOCKET"]}
-    bridge = StdioTransport("sandboxd-mcp", [], env=environment)
+    transport: Any
+    if url := os.environ.get("MCP_URL"):
+        bearer = {"Authorization": f"Bearer {os.environ['MCP_TOKEN']}"}
+        transport = StreamableHttpTransport(url, headers=bearer)
+    else:
+        environment = {"SANDBOXD_SOCKET": os.environ["SANDBOXD_SOCKET"]}
+        transport = StdioTransport("sandboxd-mcp", [], env=environment)
     steps: list[str | None] = []
 
     async def progress(done: float, total: float | None, message: str | None) -> None:
         steps.append(message)
 
-    async with Client(bridge) as client:
+    async with Client(transport) as client:
         saw["tools"] = sorted(tool.name for tool in await client.list_tools())
         saw["used"] = [
             block.text for block in (await client.call_tool("use", {"word": "grüße"})).content

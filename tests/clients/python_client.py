@@ -1,15 +1,18 @@
-"""An agent that uses the unmodified Python MCP SDK. Prints what it saw as one JSON object."""
+"""The unmodified Python MCP SDK, in an agent or over HTTP. Prints what it saw as JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from typing import Any
 
+import httpx2
 import trio
 from mcp import StdioServerParameters
 from mcp.client import Client
+from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 
@@ -17,12 +20,22 @@ def text(result: Any) -> list[str]:
     return [block.text for block in result.content]
 
 
+async def server(opened: contextlib.AsyncExitStack) -> Any:
+    """The bridge to the session's socket, or where it is told to go over HTTP."""
+    url = os.environ.pop("MCP_URL", "")
+    if url:
+        bearer = {"Authorization": f"Bearer {os.environ.pop('MCP_TOKEN')}"}
+        http = await opened.enter_async_context(httpx2.AsyncClient(headers=bearer, timeout=60))
+        return streamable_http_client(url, http_client=http)
+    environment = {"SANDBOXD_SOCKET": os.environ["SANDBOXD_SOCKET"]}
+    return StdioServerParameters(command="sandboxd-mcp", env=environment)
+
+
 async def main() -> None:
     mode = sys.argv[1]
-    environment = {"SANDBOXD_SOCKET": os.environ["SANDBOXD_SOCKET"]}
-    bridge = StdioServerParameters(command="sandboxd-mcp", env=environment)
     saw: dict[str, Any] = {"environment": sorted(os.environ)}
-    async with Client(bridge, mode=mode) as client:
+    async with contextlib.AsyncExitStack() as opened:
+        client = await opened.enter_async_context(Client(await server(opened), mode=mode))
         saw["version"] = client.session.protocol_version
         saw["tools"] = {
             tool.name: tool.annotations.title if tool.annotations else None

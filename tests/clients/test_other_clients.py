@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,6 @@ pytestmark = pytest.mark.clients
 HERE = Path(__file__).parent
 # The last version that runs by itself: later ones look for a file of the repository around it.
 INSPECTOR = "/opt/client/node_modules/@modelcontextprotocol/inspector-cli/build/cli.js"
-FASTMCP = "fastmcp>=4,<5"
-
-
-@pytest.fixture(scope="session")
-def fastmcp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with fastmcp and all that it needs; not in our own environment."""
-    site = tmp_path_factory.mktemp("fastmcp") / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), FASTMCP]
-    subprocess.run(command, check=True, timeout=600)
-    for directory in (site, *site.parents[:3]):
-        directory.chmod(0o755)
-    return site
 
 
 def test_the_inspector_lists_and_calls_everything(daemon: RealDaemon, node: str) -> None:

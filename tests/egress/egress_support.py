@@ -18,9 +18,15 @@ import trio
 from sandboxd.egress.dial import Dialer
 from sandboxd.egress.gate import Bounds, Gate
 from sandboxd.egress.proxy import serve_proxy
-from sandboxd.policy.destinations import Address, DestinationRule, network
+from sandboxd.policy.destinations import (
+    Address,
+    AddressRange,
+    DestinationRule,
+    HostPattern,
+    Port,
+)
 
-LOOPBACK = (network("127.0.0.0/8"),)
+LOOPBACK = (AddressRange("127.0.0.0/8"),)
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -59,7 +65,8 @@ class Names:
 
 def rule(host: str, *ports: int, **more: Any) -> DestinationRule:
     more.setdefault("addresses", LOOPBACK)
-    return DestinationRule(host, ports=ports, source="agents/crawler.yaml:9", **more)
+    named = tuple(map(Port, ports))
+    return DestinationRule(HostPattern(host), ports=named, source="agents/crawler.yaml:9", **more)
 
 
 @asynccontextmanager

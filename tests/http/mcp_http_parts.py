@@ -15,7 +15,7 @@ MODERN, HANDSHAKE = "2026-07-28", "2025-11-25"
 TOKEN = "hunter2-is-the-value"
 
 _NO_INPUT = "input: {type: object, additionalProperties: false}\n"
-_ids = itertools.count(1)
+_ids = itertools.count(10_000)
 
 
 def configure(daemon: RealDaemon) -> None:

@@ -46,6 +46,14 @@ def test_a_page_of_another_origin_is_refused(client: httpx2.Client, origin: str)
     assert (got.status_code, got.json()["error"]) == (403, "cross_origin")
 
 
+def test_a_refusal_before_the_body_was_read_says_that_the_connection_ends(
+    client: httpx2.Client,
+) -> None:
+    refused = client.post("/healthz", content=b"x" * 100, headers={"origin": "null"})
+    assert (refused.status_code, refused.headers["connection"]) == (403, "close")
+    assert "connection" not in client.get("/healthz").headers
+
+
 def test_our_own_pages_are_answered(daemon: RealDaemon, client: httpx2.Client) -> None:
     assert client.get("/healthz", headers={"origin": daemon.url}).status_code == 200
 
@@ -59,7 +67,7 @@ def test_nothing_of_a_guarded_path_is_told_without_a_key(client: httpx2.Client, 
 
 def test_errors_have_the_form_that_each_client_reads(client: httpx2.Client) -> None:
     key = {"authorization": "Bearer an_sk_" + "0" * 64}
-    text = "invalid API key or token"
+    text = "the API key or token is not valid"
     assert client.get("/v1/x", headers=key).json() == {
         "error": {"code": "invalid_api_key", "message": text}
     }

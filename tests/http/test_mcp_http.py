@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 
@@ -271,13 +272,27 @@ def test_parts_of_a_modern_request_must_agree(daemon: RealDaemon) -> None:
     assert wire.raw(body, mcp_method="tools/call", mcp_name="fail").status_code == 200
 
 
+def test_handshakes_that_nobody_ends_make_room_for_new_ones(daemon: RealDaemon) -> None:
+    id, _ = key(daemon)
+    _, bearer = token(daemon, id, "client")
+    made = [Wire(daemon.url + "/mcp", bearer, HANDSHAKE) for _ in range(34)]
+    busy, *others = made
+    busy.shake()
+    with busy.calling("long", 1):
+        assert [other.shake().status_code for other in others] == [200] * 33
+        # The first is at work; of the others those went that were used least lately.
+        assert busy.post("ping").status_code == 200
+        assert [other.post("ping").status_code for other in others[:4]] == [404, 404, 200, 200]
+
+
 def test_one_visit_has_so_many_requests(daemon: RealDaemon) -> None:
     id, _ = key(daemon)
     wire = Wire(daemon.url + "/mcp", token(daemon, id, "client")[1], HANDSHAKE)
-    assert wire.shake().status_code == 200
-    others = [Wire(wire.url, "", HANDSHAKE) for _ in range(16)]
-    statuses = []
-    for other in others:
-        other.headers |= {"authorization": wire.headers["authorization"]}
-        statuses.append(other.shake().status_code)
-    assert statuses == [200] * 15 + [503]
+    wire.shake()
+    with contextlib.ExitStack() as open_ones:
+        for n in range(32):
+            open_ones.enter_context(wire.calling("long", 100 + n))
+        refused = wire.post("tools/list")
+        assert (refused.status_code, answer(refused)["error"]["code"]) == (429, -32000)
+        assert wire.post("ping").status_code == 200
+    until(lambda: wire.post("tools/list").status_code == 200)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sandboxd.paths import shipped
-from sandboxd.policy import Config, decide, load_config, model
+from sandboxd.policy import Config, decide, destinations, egress, gateways, load_config, model
 from sandboxd.policy.policyfile import PolicyFile, RuleFile
 from sandboxd.policy.structure import keys_of
 
@@ -27,7 +27,7 @@ def section(title: str) -> str:
 @pytest.fixture
 def loaded(tmp_path: Path) -> Config:
     examples = re.findall(r"<!-- file: (\S+) -->\n```yaml\n(.*?)```", DOCUMENT.read_text(), re.S)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for name, text in examples:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,10 @@ def test_the_example_policy_does_what_it_says(
         ("secrets", model.SecretSpec),
         ("concurrency", model.Concurrency),
         ("limits", model.Limits),
+        ("egress", egress.Egress),
+        ("allow in egress", destinations.DestinationRule),
+        ("relays in egress", egress.Relay),
+        ("gateways in egress", gateways.Gateway),
         ("policies/NAME.yaml", PolicyFile),
         ("rules", RuleFile),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 
 from sandboxd.errors import Invalid
 from sandboxd.policy.destinations import (
+    AddressRange,
     DestinationRule,
+    HostPattern,
+    Port,
     Verdict,
     decide,
     destination,
@@ -21,8 +25,13 @@ from sandboxd.policy.destinations import (
     read_address,
 )
 
-API = DestinationRule("api.example.com", source="tools/x/tool.yaml:7")
-WIDE = DestinationRule("*.example.com", ports=(80, 443), methods=("GET", "HEAD"))
+
+def rule(host: str, ports: tuple[int, ...] = (443,), **more: Any) -> DestinationRule:
+    return DestinationRule(HostPattern(host), tuple(map(Port, ports)), **more)
+
+
+API = rule("api.example.com", source="tools/x/tool.yaml:7")
+WIDE = rule("*.example.com", ports=(80, 443), methods=("GET", "HEAD"))
 
 
 def asked(host: str, port: int = 443, *lists: tuple[DestinationRule, ...]) -> Verdict:
@@ -136,8 +145,8 @@ def test_a_mapped_public_address_is_the_public_address() -> None:
 
 
 def test_an_address_that_every_list_names_is_allowed_and_its_neighbour_is_not() -> None:
-    named = DestinationRule("10.1.2.3", ports=(5432,))
-    ranged = DestinationRule("db.internal", ports=(5432,), addresses=(network("10.1.0.0/16"),))
+    named = rule("10.1.2.3", ports=(5432,))
+    ranged = rule("db.internal", ports=(5432,), addresses=(AddressRange("10.1.0.0/16"),))
     assert asked("10.1.2.3", 5432, (named,)).admission is not None
     assert asked("10.1.2.4", 5432, (named,)).admission is None
     admission = asked("db.internal", 5432, (ranged,)).admission
@@ -145,8 +154,8 @@ def test_an_address_that_every_list_names_is_allowed_and_its_neighbour_is_not() 
     assert admission.refuses(read_address("10.1.2.3")) == ""
     assert admission.refuses(read_address("10.2.0.1"))
     assert admission.refuses(read_address("127.0.0.1"))
-    ceiling = DestinationRule("*.internal.example", ports=(5432,))
-    db = DestinationRule("db.internal.example", ports=(5432,), addresses=ranged.addresses)
+    ceiling = rule("*.internal.example", ports=(5432,))
+    db = rule("db.internal.example", ports=(5432,), addresses=ranged.addresses)
     bounded = asked("db.internal.example", 5432, (db,), (ceiling,)).admission
     assert bounded is not None
     assert bounded.refuses(read_address("10.1.2.3"))  # the ceiling doesn't name it
@@ -165,10 +174,20 @@ def test_a_rule_is_kept_in_its_normal_form(text: str, normal: str) -> None:
     assert host_pattern(text) == normal
 
 
-@pytest.mark.parametrize("text", ["*", "*.com", "a.*.com", "*example.com", "127.1", "", "*."])
+@pytest.mark.parametrize("text", ["**", "*.com", "a.*.com", "*example.com", "127.1", "", "*."])
 def test_a_pattern_that_is_too_wide_or_unclear_is_refused(text: str) -> None:
     with pytest.raises(Invalid):
         host_pattern(text)
+
+
+def test_every_public_host_is_every_public_host_and_no_other() -> None:
+    anything = (rule("*"),)
+    admission = asked("whatever.example", 443, anything).admission
+    assert admission is not None
+    assert admission.refuses(read_address("93.184.216.34")) == ""
+    assert admission.refuses(read_address("10.0.0.1"))
+    assert asked("10.0.0.1", 443, anything).admission is None
+    assert asked("93.184.216.34", 443, anything).admission is not None
 
 
 @pytest.mark.parametrize("text", ["10.1.2.3/16", "10.1", "x", "10.0.0.0/33"])

@@ -42,7 +42,7 @@ def test_an_empty_directory_has_the_shipped_tools_and_policies(tmp_path: Path) -
         ("tmeout: 3\n", "5:1: unknown key 'tmeout'"),
         ("polcy: default\n", "5:1: unknown key 'polcy'"),
         ("policy: 3\n", "5:9: policy: expected text, found a number or a truth value"),
-        ("policy: Default\n", "5:9: policy: 'Default' is not an agent slug"),
+        ("policy: Default\n", "5:9: policy: 'Default' is not a slug"),
         ("args_allowed: 1\n", "5:15: args_allowed: expected true or false, found the number 1"),
         ("args_allowed: yes\n", "5:15: args_allowed: expected true or false, found the text 'yes'"),
         ("network: hots\n", "5:10: network: expected none or host, found the text 'hots'"),
@@ -193,7 +193,7 @@ def test_files_that_would_be_read_by_another_name_are_told(config: Any) -> None:
 
 def test_a_file_name_that_is_no_slug_is_refused(config: Any) -> None:
     config.write("agents/My Agent.yaml", "version: 1\n")
-    assert "bad file name: 'My Agent' is not an agent slug" in config.problem()
+    assert "bad file name: 'My Agent' is not a slug" in config.problem()
 
 
 def test_hidden_files_backups_and_notes_are_left_alone(config: Any) -> None:

@@ -33,6 +33,7 @@ _HOLDING, _RELEASE = f"{_WORKSPACE}/holding", f"{_WORKSPACE}/release"
 _SECONDS = 20.0
 _HOLD_SECONDS = 110.0
 _LEAVING_SECONDS = 0.5
+_ANSWER_SECONDS = 60.0
 #: user, mount, pid, network, ipc, uts and cgroup namespaces.
 _NEW_USER, _NEW_MOUNTS, _NEW_REST = 0x10000000, 0x20000, 0x6E020000
 _SET_DEATH_SIGNAL = 1
@@ -62,14 +63,15 @@ def main() -> int:
 
 
 def _be_patient(factor: float) -> None:
-    global _SECONDS, _HOLD_SECONDS, _LEAVING_SECONDS
+    global _SECONDS, _HOLD_SECONDS, _LEAVING_SECONDS, _ANSWER_SECONDS
     _SECONDS, _HOLD_SECONDS = _SECONDS * factor, _HOLD_SECONDS * factor
     _LEAVING_SECONDS *= factor
+    _ANSWER_SECONDS *= factor
 
 
 def _agent() -> int:
     """Have a tool hold the secret, then probe here and in a second tool, then let go."""
-    client = Client({})
+    client = Client({}, patience=_ANSWER_SECONDS)
     holding = client.submit("tools/call", name="hold", arguments={})
     deadline = time.monotonic() + _SECONDS
     while not os.path.exists(_HOLDING):

@@ -1,14 +1,20 @@
-// An agent that uses the unmodified Node MCP SDK. Prints what it saw as one JSON object.
+// A user of the unmodified Node MCP SDK, as an agent or over HTTP. Prints what it saw as one JSON object.
 import { Client } from "@modelcontextprotocol/sdk/client/index.js";
 import { StdioClientTransport } from "@modelcontextprotocol/sdk/client/stdio.js";
+import { StreamableHTTPClientTransport } from "@modelcontextprotocol/sdk/client/streamableHttp.js";
 
 const texts = (result) => result.content.map((block) => block.text);
 const saw = { environment: Object.keys(process.env).sort() };
 
-const transport = new StdioClientTransport({
-  command: "sandboxd-mcp",
-  env: { PATH: process.env.PATH, SANDBOXD_SOCKET: process.env.SANDBOXD_SOCKET },
-});
+const { MCP_URL, MCP_TOKEN } = process.env;
+const transport = MCP_URL
+  ? new StreamableHTTPClientTransport(new URL(MCP_URL), {
+      requestInit: { headers: { Authorization: `Bearer ${MCP_TOKEN}` } },
+    })
+  : new StdioClientTransport({
+      command: "sandboxd-mcp",
+      env: { PATH: process.env.PATH, SANDBOXD_SOCKET: process.env.SANDBOXD_SOCKET },
+    });
 const client = new Client({ name: "agent", version: "1.0.0" });
 await client.connect(transport);
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandboxd.cli.dotenv import parse
+from sandboxd.dotenv import parse
 
 
 def values(text: str | bytes) -> dict[str, bytes]:

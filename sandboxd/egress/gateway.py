@@ -1,0 +1,298 @@
+"""The credential gateway: a reverse proxy to one upstream that adds what the sandbox never holds.
+
+A program speaks plain HTTP to its own loopback. The broker takes out whatever it sends in headers
+that carry credentials, adds the real one, and sends the request on over TLS; what comes back is
+searched for the credential as it streams. Requests that two servers could read differently are
+refused (RFC 9112, 11.2; RFC 3986, 6.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import secrets
+import time
+from base64 import b64encode
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import h11
+import httpcore2
+import trio
+
+from sandboxd.egress.accept import serve_each
+from sandboxd.egress.forward import Headers, passed_on
+from sandboxd.egress.gate import Gate
+from sandboxd.egress.upstream import Upstream, tls_context
+from sandboxd.egress.wire import Client, Refused
+from sandboxd.errors import SandboxdError
+from sandboxd.policy.decide import matches_glob
+from sandboxd.policy.gateways import Gateway
+from sandboxd.redact.matcher import Matcher
+from sandboxd.redact.stream import Redactor
+from sandboxd.secret import Secret
+
+__all__ = ["Credential", "serve_gateway"]
+
+logging.getLogger("httpcore2").setLevel(logging.WARNING)  # its debug log shows headers
+
+#: Never passed on: they carry credentials, or state that an upstream keeps of a client.
+_STRIPPED = frozenset(
+    (
+        b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key", b"private-token", b"cookie",
+        b"host", b"accept-encoding", b"forwarded", b"x-forwarded-for", b"x-forwarded-host",
+        b"x-forwarded-proto", b"x-real-ip",
+    )
+)  # fmt: skip
+_NOT_BACK = frozenset((b"set-cookie", b"content-length", b"alt-svc", b"strict-transport-security"))
+_AMBIGUOUS = re.compile(r"//|/\.{1,2}(?:/|$)|\\|%2e|%2f|%5c|%00|[\x00-\x20\x7f]|#", re.IGNORECASE)
+#: Seconds that held-back bytes of a response may wait for more: a stream of events must flow.
+_RELAX = 0.05
+_WINDOW = 60.0
+
+
+@dataclass(frozen=True)
+class Credential:
+    """The credential of one gateway: ``reveal`` gives the value, or raises what a revoked one does.
+
+    ``name`` and ``version`` are recorded.
+    """
+
+    name: str
+    version: int
+    reveal: Callable[[], Secret]
+
+
+@dataclass
+class _Served:
+    """One gateway of one sandbox."""
+
+    gateway: Gateway
+    gate: Gate
+    credential: Credential
+    pool: httpcore2.AsyncConnectionPool
+    times: deque[float] = field(default_factory=deque)
+    total: int = 0
+
+    def take_turn(self) -> None:
+        """Count a request. Raises Refused when there were too many."""
+        now, most, budget = time.monotonic(), self.gateway.per_minute, self.gateway.budget
+        while self.times and self.times[0] < now - _WINDOW:
+            self.times.popleft()
+        if budget is not None and self.total >= budget:
+            raise Refused(429, f"this session's {budget:,} requests are used up")
+        if most is not None and len(self.times) >= most:
+            raise Refused(429, f"more than {most:,} requests in a minute")
+        self.times.append(now)
+        self.total += 1
+
+
+async def serve_gateway(
+    listener: trio.SocketListener, gateway: Gateway, gate: Gate, credential: Credential
+) -> NoReturn:
+    """Serve one sandbox until cancelled. The listener is closed then."""
+    ca = str(gateway.ca) if gateway.ca is not None else None
+    async with (
+        listener,
+        httpcore2.AsyncConnectionPool(
+            ssl_context=await trio.to_thread.run_sync(tls_context, ca),
+            max_connections=gate.bounds.connections,
+            keepalive_expiry=30.0,
+            network_backend=Upstream(gate, gateway.destination),
+        ) as pool,
+    ):
+        served = _Served(gateway, gate, credential, pool)
+
+        async def one(stream: trio.SocketStream) -> None:
+            client = Client(stream, gate.bounds)
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                while await _one(client, served):
+                    pass
+
+        await serve_each(listener, one, gate.bounds.connections)
+    raise AssertionError("unreachable")
+
+
+async def _one(client: Client, served: _Served) -> bool:
+    try:
+        try:
+            request = await client.request()
+            if request is None:
+                return False
+            await _pass(client, served, request)
+        except Refused as refused:
+            rule = f"{served.gateway.source} gateway"
+            await served.gate.refuse(served.gateway.destination, "gateway", rule, refused.message)
+            await client.answer(refused.status, refused.message, refused.hint)
+    except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as failure:
+        # Of ours and of httpcore the text; none of them quotes a header.
+        await client.answer(502, f"{served.gateway.destination}: {failure}")
+    except SandboxdError as failure:
+        status = 403 if failure.code == "denied" else 503
+        await client.answer(status, failure.message, failure.hint)
+    return await client.next()
+
+
+async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
+    gateway, method = served.gateway, request.method.decode("latin-1")
+    path = _checked_path(gateway, method, request.target.decode("latin-1"))
+    served.take_turn()
+    secret = served.credential.reveal()
+    record = {
+        **served.gate.who,
+        "host": gateway.destination.host,
+        "method": method,
+        "path": path.partition("?")[0],
+        "request": secrets.token_hex(6),
+    }
+    await served.gate.record(
+        "gateway.request",
+        **record,
+        rule=gateway.source,
+        injected=[{"name": served.credential.name, "version": served.credential.version}],
+    )
+    started, status = time.monotonic(), 0
+    outgoing = httpcore2.Request(
+        method=request.method,
+        url=_url(gateway, path),
+        headers=_headers(gateway, request, secret),
+        content=_body(client),
+        extensions={"timeout": {"read": served.gate.bounds.idle}},
+    )
+    redactor = Redactor(Matcher({served.credential.name: secret}))
+    try:
+        response = await served.pool.handle_async_request(outgoing)
+        try:
+            status = response.status
+            await _back(client, response, redactor, secret)
+        finally:
+            with trio.CancelScope(shield=True):
+                await response.aclose()
+    finally:
+        with trio.CancelScope(shield=True):
+            await served.gate.record(
+                "gateway.response",
+                **record,
+                status=status,
+                duration_ms=round((time.monotonic() - started) * 1000),
+                redactions=redactor.hits,
+            )
+
+
+def _checked_path(gateway: Gateway, method: str, target: str) -> str:
+    """The request's path and query. Raises Refused unless they are plain and allowed."""
+    if not target.startswith("/"):
+        raise Refused(400, "this is a gateway: it takes a path, not a whole address")
+    path = target.partition("?")[0]
+    if _AMBIGUOUS.search(path) or "#" in target or not target.isascii():
+        raise Refused(400, "the path has parts that servers read differently")
+    if gateway.methods and method not in gateway.methods:
+        raise Refused(403, f"{method} is not allowed here: {', '.join(gateway.methods)} are")
+    if gateway.paths and not any(matches_glob(one, path) for one in gateway.paths):
+        raise Refused(403, f"this path is not allowed here: {', '.join(gateway.paths)} are")
+    return target
+
+
+def _url(gateway: Gateway, path: str) -> httpcore2.URL:
+    url = httpcore2.URL(gateway.url)
+    prefix = url.target.rstrip(b"/")
+    return httpcore2.URL(
+        scheme=url.scheme, host=url.host, port=url.port, target=prefix + path.encode("ascii")
+    )
+
+
+def _headers(gateway: Gateway, request: h11.Request, secret: Secret) -> Headers:
+    header, scheme = gateway.style
+    value = secret.reveal()
+    if scheme == "basic":
+        value = b"Basic " + b64encode((gateway.user or "").encode() + b":" + value)
+    elif scheme != "plain":
+        value = {"bearer": b"Bearer ", "token": b"token "}[scheme] + value
+    if b"\r" in value or b"\n" in value or b"\0" in value:
+        raise Refused(502, "the credential can't stand in a header: it has more than one line")
+    kept = [(n, v) for n, v in passed_on(request.headers) if n not in _STRIPPED]
+    wanted = gateway.destination
+    standard = 443 if gateway.url.startswith("https:") else 80
+    host = wanted.host if wanted.port == standard else str(wanted)
+    return [
+        (b"host", host.encode()),
+        (b"accept-encoding", b"identity"),  # what is compressed can't be searched
+        *kept,
+        (header.encode(), value),
+    ]
+
+
+async def _body(client: Client) -> AsyncIterator[bytes]:
+    while (piece := await client.body()) is not None:
+        yield piece
+
+
+async def _back(
+    client: Client, response: httpcore2.Response, redactor: Redactor, secret: Secret
+) -> None:
+    encoding = dict(response.headers).get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"identity", b""):
+        raise Refused(502, "the upstream's answer is compressed, and can't be searched")
+    headers = [(n.lower(), v) for n, v in response.headers]
+    kept = [(n, v) for n, v in passed_on(headers) if n not in _NOT_BACK]
+    value = secret.reveal()
+    kept = [(n, v.replace(value, b"[redacted]")) for n, v in kept]
+    bodiless = response.status in (204, 304) or response.status < 200
+    if not bodiless and not any(name == b"transfer-encoding" for name, _ in kept):
+        kept.append((b"transfer-encoding", b"chunked"))
+    await client.send(h11.Response(status_code=response.status, headers=kept))
+    await _stream_back(client, response, redactor)
+    await client.send(h11.EndOfMessage())
+
+
+async def _stream_back(client: Client, response: httpcore2.Response, redactor: Redactor) -> None:
+    """Pass the body on as it comes, what may be the beginning of the credential a moment later.
+
+    Raises BrokenResourceError when either side breaks off: the answer has begun, and the client
+    learns by the end of its connection that it isn't whole.
+    """
+    sender, receiver = trio.open_memory_channel[bytes](0)
+    broken = False
+
+    async def read() -> None:
+        nonlocal broken
+        async with sender:
+            try:
+                async for piece in response.aiter_stream():
+                    await sender.send(piece)
+            except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError):
+                broken = True
+
+    async def send(data: bytes) -> None:
+        if data:
+            await client.send(h11.Data(data=data))
+
+    try:
+        async with trio.open_nursery() as nursery, receiver:
+            nursery.start_soon(read)
+            while True:
+                piece = None
+                with trio.move_on_after(_RELAX) as waited:
+                    piece = await _next(receiver)
+                if waited.cancelled_caught:
+                    await send(redactor.relax())
+                    piece = await _next(receiver)
+                if piece is None:
+                    break
+                await send(redactor.feed(piece))
+            await send(redactor.flush())
+    except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+        broken = True
+    if broken:
+        raise trio.BrokenResourceError("the answer broke off")
+
+
+async def _next(receiver: trio.MemoryReceiveChannel[bytes]) -> bytes | None:
+    """The next piece; None at the end."""
+    try:
+        return await receiver.receive()
+    except trio.EndOfChannel:
+        return None

@@ -1,0 +1,24 @@
+// What the unmodified Next.js token handler answers a browser, as one line of JSON.
+import { createTokenHandler, exchangeToken } from "@21st-sdk/nextjs/server"
+
+const [relayUrl, apiKey] = [process.env.RELAY_URL, process.env.API_KEY]
+const saw = {}
+
+async function answered(handler, body) {
+  const request = new Request("http://localhost/api/agent/token", {
+    method: "POST",
+    body: JSON.stringify(body),
+  })
+  const response = await handler(request)
+  return { status: response.status, body: await response.json() }
+}
+
+saw.exchanged = await exchangeToken({ apiKey, relayUrl, agent: "worker", userId: "u-1" })
+const handler = createTokenHandler({ apiKey, relayUrl, expiresIn: "5m" })
+saw.handled = await answered(handler, { agent: "worker", userId: "u-2" })
+saw.nobody = await answered(handler, { agent: "nobody" })
+const wrong = createTokenHandler({ apiKey: "an_sk_" + "0".repeat(64), relayUrl })
+saw.wrong = await answered(wrong, {})
+const soon = createTokenHandler({ apiKey, relayUrl, expiresIn: "soon" })
+saw.soon = await answered(soon, { userId: "u-3" })
+console.log(JSON.stringify(saw))
