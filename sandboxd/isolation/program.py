@@ -110,9 +110,10 @@ def program_to_be(told: int) -> int:
     if pid == 0:
         try:
             kernel.close_all_but([told])
-            frame, fds = receive(socket.socket(fileno=told))
+            sock = socket.socket(fileno=told)
+            frame, fds = receive(sock)
             if frame is not None and fds:
-                _become(frame.number, fds[0], fds[1:], told)
+                _become(frame.number, fds[0], fds[1:], sock.detach())
         finally:
             os._exit(127)
     return pid

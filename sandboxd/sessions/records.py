@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -17,7 +18,24 @@ from sandboxd.sessions.session import Ending, Session
 from sandboxd.vault.store import SessionRecord
 from sandboxd.vault.vault import Vault
 
-__all__ = ["Records"]
+__all__ = ["Records", "both"]
+
+
+async def both(*calls: Callable[[], Awaitable[Any]]) -> None:
+    """Await all of them at once, each to its end. Raises the first SandboxdError of theirs."""
+    failures: list[SandboxdError] = []
+
+    async def one(call: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            await call()
+        except SandboxdError as failure:
+            failures.append(failure)
+
+    async with trio.open_nursery() as nursery:
+        for call in calls:
+            nursery.start_soon(one, call)
+    if failures:
+        raise failures[0]
 
 
 class Records:
@@ -27,9 +45,9 @@ class Records:
         self._vault, self._audit = vault, audit
         self._unwritten: list[SessionRecord] = []
 
-    async def started(self, session: Session) -> None:
-        """Note that it starts. Raises StoreError when that can't be recorded."""
-        await self._audit.append(
+    def starts(self, session: Session) -> int:
+        """Note that it starts, for :meth:`started` to make durable. Raises StoreError."""
+        return self._audit.note(
             "session.started",
             **_about(session),
             policy=session.policy.name,
@@ -41,7 +59,13 @@ class Records:
             lowered=list(session.terms.lowered),
             variables={name: v.version for name, v in session.snapshot.variables.items()},
         )
-        await self.keep(session, "starting")
+
+    async def started(self, session: Session, number: int) -> None:
+        """Return once what was noted under ``number``, and its row, are on disk. Raises StoreError.
+
+        Nothing of the session runs before that.
+        """
+        await both(partial(self._audit.settle, number), partial(self.keep, session, "running"))
 
     def outlet(self, session: Session) -> AbstractContextManager[Outlet]:
         """The way out of a session's sandbox, whose connections are recorded here too."""
