@@ -56,7 +56,7 @@ class Berth:
 
     async def vacate(self) -> None:
         """End the sandbox, and with it whatever is in there."""
-        process, self.process = self.process, None
+        process, self.process, self.key = self.process, None, None
         if process is not None:
             with trio.CancelScope(shield=True):
                 try:
@@ -121,7 +121,7 @@ class Berths:
         it is what would be built now. ``streams`` are those of the program to come.
         """
         vacant = _vacant(spec)
-        if berth.process is not None and berth.key != spare_key(vacant):
+        if berth.key is not None and berth.key != spare_key(vacant):
             await berth.vacate()
         if berth.process is None:
             stdin, stdout, stderr = streams
@@ -130,22 +130,19 @@ class Berths:
             )
         return berth.process
 
-    async def begin(
-        self, berth: Berth, spec: LaunchSpec, streams: tuple[int, int, int], *extra: int
-    ) -> Process:
-        """Run the program of ``spec`` in the berth's sandbox."""
+    async def begin(self, berth: Berth, spec: LaunchSpec, streams: tuple[int, int, int]) -> Process:
+        """Run the program of ``spec`` in the sandbox that was built for it."""
+        assert berth.process is not None
         stdin, stdout, stderr = streams
-        process = await self.build(berth, spec, streams, *extra)
-        was_ready = berth.key is not None
         try:
-            await process.begin(spec, stdin=stdin, stdout=stdout, stderr=stderr)
+            await berth.process.begin(spec, stdin=stdin, stdout=stdout, stderr=stderr)
         except Conflict:
-            if not was_ready:
+            if berth.key is None:
                 raise
             await berth.vacate()  # one that was ready, and ended meanwhile (out of memory, say)
-            process = await self.build(berth, spec, streams, *extra)
+            process = await self.build(berth, spec, streams)
             await process.begin(spec, stdin=stdin, stdout=stdout, stderr=stderr)
-        return process
+        return berth.process
 
     def prepare(self, session: Session) -> None:
         """Have one ready for the next session like this, unless it would be of no use."""
