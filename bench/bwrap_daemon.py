@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any, cast
 
@@ -32,28 +32,28 @@ class _Process:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._pidfd = os.pidfd_open(pid)
-        self._ended: Exit | None = None
+        self.exit: Exit | None = None
         self._waiting = trio.Lock()
 
     async def wait(self) -> Exit:
         async with self._waiting:
-            if self._ended is None:
+            if self.exit is None:
                 await trio.lowlevel.wait_readable(self._pidfd)
                 _, status, used = os.wait4(self.pid, 0)
                 os.close(self._pidfd)
                 code = os.waitstatus_to_exitcode(status)
                 cpu = round((used.ru_utime + used.ru_stime) * 1000)
-                self._ended = Exit(
+                self.exit = Exit(
                     code if code >= 0 else None, -code if code < 0 else None, cpu, used.ru_maxrss
                 )
-        return self._ended
+        return self.exit
 
     async def signal(self, signum: int) -> None:
-        if self._ended is None:
+        if self.exit is None:
             signal.pidfd_send_signal(self._pidfd, signum)
 
     async def kill(self) -> None:
-        if self._ended is None:
+        if self.exit is None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -76,10 +76,11 @@ class Bubblewrap:
         stdout: int,
         stderr: int,
         extra: Sequence[int] = (),
+        meanwhile: Callable[[], None],
     ) -> Process:
         if spec.user != "tool":
             return await self._real.launch(
-                spec, stdin=stdin, stdout=stdout, stderr=stderr, extra=extra
+                spec, stdin=stdin, stdout=stdout, stderr=stderr, extra=extra, meanwhile=meanwhile
             )
         with ExitStack() as given:
             # bwrap reads a filter's descriptor to its end, and an offset is shared by all copies.
@@ -91,6 +92,7 @@ class Bubblewrap:
             kept = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited]
             environment = dict(spec.env)
             pid = os.posix_spawn(self._bwrap, words, environment, file_actions=[*streams, *kept])
+        meanwhile()
         return cast(Process, _Process(pid))
 
 

@@ -32,6 +32,9 @@ HOOKS = (
     ("call", "sandboxd.broker.calls:Calls.call"),
     ("decide", "sandboxd.broker.calls:decide"),
     ("record =", "sandboxd.audit:AuditLog.append"),
+    ("record =", "sandboxd.audit:AuditLog.start"),
+    ("record =", "sandboxd.audit:AuditLog.note"),
+    ("wait for the record", "sandboxd.audit:AuditLog.settle"),
     ("fdatasync", "os:fdatasync"),
     ("check the program", "sandboxd.broker.calls:hold_program"),
     ("unseal", "sandboxd.broker.calls:unseal"),
@@ -40,7 +43,7 @@ HOOKS = (
     ("launch: encode", "sandboxd.isolation.client:encode_spec"),
     ("launch: seal", "sandboxd.isolation.client:sealed_memfd"),
     ("run", "sandboxd.isolation.client:Process.wait"),
-    ("end", "sandboxd.broker.calls:_end"),
+    ("end", "sandboxd.broker.attend:_end"),
     ("redact", "sandboxd.broker.capture:Capture._take"),
     ("note the use", "sandboxd.broker.calls:Calls._touch"),
     ("session", "sandboxd.sessions.manager:Manager.start"),
@@ -48,6 +51,7 @@ HOOKS = (
     ("serve its socket", "sandboxd.broker.socket:_listener"),
     ("keep its record", "sandboxd.vault.vault:Vault.put_session"),
     ("encode", "sandboxd.broker.mcp:_encode"),
+    ("write", "sandboxd.broker.mcp:_Connection._write_now"),
     ("write", "trio:SocketStream.send_all"),
 )
 

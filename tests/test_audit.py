@@ -212,6 +212,76 @@ async def test_an_append_in_a_cancelled_scope_writes_nothing(log: AuditLog) -> N
     assert await log.append("y") == 1
 
 
+async def test_a_noted_record_is_on_disk_soon_where_somebody_sees_to_it(
+    log: AuditLog, syncs: Syncs
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.keep)
+        for seq in (1, 2):
+            assert log.note("x") == seq
+            assert (syncs.count, log.last) == (seq - 1, seq - 1)
+            with trio.fail_after(20):
+                while log.last < seq:  # noqa: ASYNC110 - a log has no event
+                    await trio.sleep(0.005)
+        nursery.cancel_scope.cancel()
+    assert syncs.count == 2
+    assert log.verify().records == 2
+
+
+async def test_noted_records_share_the_sync_of_the_next_one(log: AuditLog, syncs: Syncs) -> None:
+    for _ in range(3):
+        log.note("x")
+    assert log.last == 0
+    assert [r["seq"] for r in log.tail(5)] == [1, 2, 3]  # on their way
+    assert await log.append("y") == 4
+    assert (syncs.count, log.last) == (1, 4)
+    assert [r["seq"] for r in log.tail(3)] == [2, 3, 4]
+
+
+async def test_a_started_record_is_written_while_its_maker_does_something_else(
+    log: AuditLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synced = os.fdatasync, threading.Event()
+
+    def sync(fd: int) -> None:
+        real(fd)
+        synced.set()
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    seq = log.start("x")
+    assert synced.wait(20)  # without a turn of the event loop
+    await log.settle(seq)
+    assert log.last == seq
+    await log.settle()
+
+
+async def test_closing_writes_what_was_noted(reopen: Open) -> None:
+    log = reopen()
+    await log.append("x")
+    log.note("y")
+    log.start("z")
+    log.note("last")
+    log.close()
+    assert [r["event"] for r in reopen().tail(5)] == ["x", "y", "z", "last"]
+
+
+async def test_a_noted_record_that_can_not_be_written_fails_the_next_ones(
+    log: AuditLog, syncs: Syncs, caplog: pytest.LogCaptureFixture
+) -> None:
+    syncs.fails = True
+    log.note("x")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.keep)
+        with trio.fail_after(20):
+            while "can't write the audit log" not in caplog.text:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+        nursery.cancel_scope.cancel()
+    for call in (log.note, log.start):
+        with pytest.raises(StoreError, match="can't write the audit log"):
+            call("y")
+    assert log.tail(5) == []
+
+
 async def test_tail_gives_the_last_records_also_across_blocks(log: AuditLog) -> None:
     for n in range(12):
         await log.append("x", n=n, filler="f" * 30_000)

@@ -156,7 +156,10 @@ def checked_jti(jti: str) -> str:
 def checked_subject(subject: str) -> str:
     """An application's user: 1 to 200 printable characters that are not the id of a key."""
     if not subject.isprintable() or not 0 < len(subject) <= _MAX_SUBJECT:
-        raise Invalid(f"a user is named by 1 to {_MAX_SUBJECT} printable characters")
+        raise Invalid(
+            f"a user is named by 1 to {_MAX_SUBJECT} printable characters",
+            hint="an id, or an address: ann@example.org",
+        )
     if subject.startswith("key_"):
         raise Invalid("a user's name must not begin with key_", hint="that is how key ids begin")
     return subject

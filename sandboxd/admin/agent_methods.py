@@ -14,7 +14,7 @@ import trio
 from sandboxd.admin.params import iso, known_agent, thread
 from sandboxd.admin.reach import agents_of, live_of
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.errors import Denied, SandboxdError, Unavailable
+from sandboxd.errors import Conflict, Denied, SandboxdError, Unavailable
 from sandboxd.policy import Agent
 from sandboxd.policy.decide import session_terms
 from sandboxd.policy.explain import launched_for
@@ -118,7 +118,11 @@ class AgentMethods:
             await self._daemon.reload(caller.name)
         except SandboxdError:
             await thread(kept.rename, file)
-            raise
+            # What is wrong, and in whose file, is for the host's operators alone.
+            raise Conflict(
+                "the configuration can't be loaded without it, so nothing was deleted",
+                hint="the host's operators see why: sandboxctl config check",
+            ) from None
 
     async def _forget_variables(self, caller: Caller, agent: Agent) -> list[str]:
         """A later agent of the same name must not begin with this one's secrets."""

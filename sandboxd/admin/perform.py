@@ -132,6 +132,8 @@ async def _checked(
         raise _denied(principal, name, need.permission)
     if principal.team is not None:
         _check_team(principal, params)
+        if need.tool:
+            _check_tool(daemon, principal, params)
     if need.scope in ("session", "live"):
         id = param(params, "id", str)
         whole = await session_of(daemon, principal, id, live_only=need.scope == "live")
@@ -149,12 +151,6 @@ async def _checked(
     ):
         if not sees_agent(daemon, principal, slug(params)):
             raise no_agent(slug(params))
-        if principal.team is not None and params.get("team") not in (None, principal.team):
-            raise no_agent(slug(params))  # of the team that is named: variables may be there
-    elif need.scope == "tool":
-        tool = param(params, "tool", str)
-        if principal.team is not None and tool not in tools_of(daemon, principal):
-            raise NotFound(f"no tool {shown(tool)}", hint="see: sandboxctl tools list")
     elif need.scope == "team":
         return _with_team(daemon, principal, params)
     return params
@@ -164,6 +160,13 @@ def _check_team(principal: Principal, params: dict[str, Any]) -> None:
     """Whatever the method, a team that is named is the caller's own."""
     if params.get("team") is not None and param(params, "team", str) != principal.team:
         raise NotFound(f"no team {shown(params['team'])}", hint="leave it away: your own is meant")
+
+
+def _check_tool(daemon: Daemon, principal: Principal, params: dict[str, Any]) -> None:
+    if params.get("tool") is not None:
+        tool = param(params, "tool", str)
+        if tool not in tools_of(daemon, principal):
+            raise NotFound(f"no tool {shown(tool)}", hint="see: sandboxctl tools list")
 
 
 def _with_team(daemon: Daemon, principal: Principal, params: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The order is the promise: the decision is durable before anything runs, and a secret is unsealed
 only for a call that was allowed and recorded. However a call ends, its whole process tree is dead
-and its last record is written before :meth:`Calls.call` returns.
+before :meth:`Calls.call` returns, and its last record is on its way to the disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets as random
-import signal
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,22 +18,22 @@ from typing import Any
 
 import trio
 
-from sandboxd.audit import JSON, AuditLog
-from sandboxd.broker import descriptors
+from sandboxd.audit import JSON, LATEST, AuditLog
 from sandboxd.broker.approvals import Approvals
-from sandboxd.broker.brief import brief
-from sandboxd.broker.capture import Capture, Progress, Stream
+from sandboxd.broker.attend import REAP, Tree, attend
+from sandboxd.broker.brief import brief, is_brief
+from sandboxd.broker.capture import Capture, Progress
 from sandboxd.broker.chosen import Chosen, choose, unseal
 from sandboxd.broker.failures import failed_result, first
 from sandboxd.broker.gate import Bounds, Busy, Gate, Share
-from sandboxd.broker.launch import Prepared, prepare
+from sandboxd.broker.launch import prepare
 from sandboxd.broker.question import Waiting, refused_by
 from sandboxd.broker.result import CallResult, Outcome, result_of, with_structure
 from sandboxd.broker.servers import Servers, Tally
 from sandboxd.broker.session import Session, about, belongs
 from sandboxd.egress.outlet import open_outlet
 from sandboxd.errors import SandboxdError, StoreError, Unavailable
-from sandboxd.isolation.client import Exit, Launcher, Process
+from sandboxd.isolation.client import Launcher
 from sandboxd.isolation.uids import UidPool
 from sandboxd.policy.decide import Decision, decide
 from sandboxd.policy.mcpserver import McpTool
@@ -46,22 +45,18 @@ __all__ = ["Bounds", "CallResult", "Calls", "Outcome", "Session"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds that output may still take once the tree is dead: more means that a descriptor escaped.
-_DRAIN = 2.0
-#: Seconds that a killed tree may take to be reaped, and the last audit record to be written.
-_REAP = 10.0
 #: No tool has a longer name: what an agent asks for is recorded, and must not fill the disk.
 _LONGEST_NAME = 80
 #: Denials of one session that are recorded in a minute; whoever goes on asking is put off.
 _DENIALS = 120
 #: Seconds between two writes of one variable's last use.
 _TOUCH_PAUSE = 1.0
-#: Seconds until the record of a start is written for its own sake.
-_SETTLE_PAUSE = 0.05
+#: Of output that is JSON each byte takes as long to judge as so many to hash.
+_JSON = 16
 
 
 @dataclass(eq=False)
-class _Live:
+class _Live(Tree):
     """A call between its decision and its last record."""
 
     id: str
@@ -71,11 +66,8 @@ class _Live:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
     versions: Mapping[str, int] = field(default_factory=dict)
-    reason: str = ""
     held: Held | None = None
     capture: Capture | Tally | None = None
-    exit: Exit | None = None
-    alive: bool = False
     asking: bool = False
 
 
@@ -123,7 +115,7 @@ class Calls:
         return [known[name] for name in session.agent.tools if name in known]
 
     def _share(self, session: Session, name: str) -> Share | None:
-        tool = next((tool for tool in self.tools(session) if tool.name == name), None)
+        tool = session.config.tools.get(name) if name in session.agent.tools else None
         return None if tool is None else Share.of(tool)
 
     def running(self, session_id: str | None = None) -> int:
@@ -162,6 +154,8 @@ class Calls:
             return CallResult("busy", message=busy.message, hint=busy.hint)
         finally:
             if live is not None:
+                if live.held is not None:
+                    live.held.close()
                 del self._live[live.id]
                 live.ended.set()
 
@@ -233,6 +227,7 @@ class Calls:
         self, live: _Live, arguments: Mapping[str, Any], progress: Progress | None
     ) -> CallResult | _Asked:
         """Decide and record; what was allowed and recorded goes on to run."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         session = live.session
         decision = decide(session.config, session.agent, live.tool, arguments)
         chosen, missing, revoked = choose(self._vault, decision, session.snapshot)
@@ -256,7 +251,7 @@ class Calls:
             for spec, sealed in chosen
         ]
         try:
-            await self._audit.append(
+            recorded = self._audit.start(
                 "call.decided",
                 **_who(live),
                 decision=verdict,
@@ -266,6 +261,9 @@ class Calls:
                 **({"lowered": list(decision.lowered)} if decision.lowered else {}),
                 **(asking.recorded if asking else {}),
             )
+            if verdict == "allow":
+                _look_ahead(live, decision.tool)
+            await self._audit.settle(recorded)
         except StoreError as error:
             self.approvals.release(asking)
             return _unrecorded(live, error)
@@ -314,10 +312,8 @@ class Calls:
         except* Exception as group:  # noqa: BLE001 - a call must not end the broker
             result = failed_result(live.id, live.tool, first(group))
         finally:
-            if live.held is not None:
-                live.held.close()
-            with trio.move_on_after(_REAP, shield=True):
-                await self._record_end(live, result)
+            self._record_end(live, result)
+            await self._touch(live)
         return result
 
     async def _execute(
@@ -335,12 +331,26 @@ class Calls:
             return await self.servers.call(
                 live.session, live.id, decision, chosen, live.capture, progress
             )
-        live.held = await brief(bytes_to_hash(tool), hold_program, tool)
+        if live.held is None:
+            live.held = await brief(bytes_to_hash(tool), hold_program, tool)
         unsealed = await unseal(self._vault, chosen)
         session = live.session
         # overlayfs has no id-mapped mounts: who shares its files has to share its uid.
         shares = session.overlay >= 0 and decision.workspace != "none"
         uid = session.uid if shares else self._uids.acquire(session.id, tool.name)
+        ended = trio.CancelScope()
+
+        def capture() -> Capture:
+            ended.deadline = trio.current_time() + decision.timeout
+            live.capture = made = Capture(
+                {spec.variable: secret for spec, secret in unsealed if spec.redact},
+                limit=decision.output_limit,
+                kill=tool.on_overflow == "kill",
+                on_overflow=ended.cancel,
+                progress=progress,
+            )
+            return made
+
         try:
             prepared = prepare(
                 decision,
@@ -352,87 +362,45 @@ class Calls:
                 template=session.id,
                 held=live.held,
             )
-            ended = trio.CancelScope()
-            live.capture = capture = Capture(
-                {spec.variable: secret for spec, secret in unsealed if spec.redact},
-                limit=decision.output_limit,
-                kill=tool.on_overflow == "kill",
-                on_overflow=ended.cancel,
-                progress=progress,
+            captured = await attend(
+                self._launcher,
+                prepared,
+                live,
+                capture=capture,
+                overlay=session.overlay,
+                way_out=open_outlet(
+                    prepared.egress, _who(live), self._audit.append, self._vault, session.snapshot
+                ),
+                started=lambda pid: self._audit.note("call.launched", **_who(live), pid=pid),
+                stays=self._settle,
+                ended=ended,
+                grace=tool.grace or 0.0,
             )
-            ended.deadline = trio.current_time() + decision.timeout
-            await self._attend(live, prepared, capture, ended, tool.grace or 0.0)
         finally:
             if not live.alive and not shares:  # else something may still run as it
                 self._uids.release(uid, session.id, tool.name)
         if live.exit is None:
             raise Unavailable(
-                f"its processes would not die in {_REAP:g} s",
+                f"its processes would not die in {REAP:g} s",
                 hint="one hangs in the kernel (state D in ps); the operator must see to the host",
             )
         timed_out = ended.cancelled_caught
-        result = result_of(live.id, live.tool, decision, capture, live.exit, timed_out=timed_out)
+        result = result_of(live.id, live.tool, decision, captured, live.exit, timed_out=timed_out)
         if tool.output_format != "json":
             return result
-        return await trio.to_thread.run_sync(with_structure, result, tool)
+        return await brief(_JSON * len(result.stdout), with_structure, result, tool)
 
-    async def _attend(
-        self,
-        live: _Live,
-        prepared: Prepared,
-        capture: Capture,
-        ended: trio.CancelScope,
-        grace: float,
-    ) -> None:
-        """Start the program and stay with it until its tree is dead and its output read."""
-        async with trio.open_nursery() as nursery, descriptors.reading(grace) as reading:
-            with contextlib.ExitStack() as given:
-                way_out = (self._audit.append, self._vault, live.session.snapshot)
-                outlet = given.enter_context(open_outlet(prepared.egress, _who(live), *way_out))
-                stdout, stdout_end = descriptors.output(given)
-                stderr, stderr_end = descriptors.output(given)
-                readers = [trio.Event(), trio.Event()]
-                nursery.start_soon(_read, capture, "stdout", stdout, readers[0], reading[0])
-                nursery.start_soon(_read, capture, "stderr", stderr, readers[1], reading[1])
-                process = await self._launcher.launch(
-                    prepared.spec,
-                    stdin=descriptors.standard_input(prepared, given),
-                    stdout=stdout_end,
-                    stderr=stderr_end,
-                    extra=[
-                        *(descriptors.memory(data, given) for data in prepared.descriptors),
-                        *([live.session.overlay] if prepared.spec.brings_namespace else ()),
-                        *outlet.fds,
-                    ],
-                )
-                outlet.take()
-            live.alive = True
-            nursery.start_soon(capture.report)
-            nursery.start_soon(outlet.serve)
-            try:
-                with ended:
-                    launched = self._audit.note("call.launched", **_who(live), pid=process.pid)
-                    nursery.start_soon(self._settle, launched)
-                    live.exit = await process.wait()
-            finally:
-                await _end(live, process, 0.0 if capture.overflowed else grace)
-            with trio.move_on_after(_DRAIN):
-                for reader in readers:
-                    await reader.wait()
-            nursery.cancel_scope.cancel()
-        capture.finish()
+    async def _settle(self, launched: int) -> None:
+        """Have the record of a launch on disk soon, if no other takes it there."""
+        await trio.sleep(LATEST)
+        await self._audit.settle(launched)
 
-    async def _settle(self, record: int) -> None:
-        """Have the record on disk soon, if no other takes it there: most calls end first."""
-        await trio.sleep(_SETTLE_PAUSE)
-        await self._audit.settle(record)
-
-    async def _record_end(self, live: _Live, result: CallResult) -> None:
-        """The last audit record and the time of use. Neither can change what happened."""
+    def _record_end(self, live: _Live, result: CallResult) -> None:
+        """The last audit record, which can't change what happened."""
         capture, end = live.capture, live.exit
         redacted = capture.redacted if capture else {}
         try:
-            await self._audit.append(
+            self._audit.note(
                 "call.ended",
                 **_who(live),
                 outcome=result.outcome,
@@ -448,7 +416,6 @@ class Calls:
                 redactions=sum(redacted.values()),
                 redacted=redacted,
             )
-            await self._touch(live)
         except SandboxdError as error:
             log.error("call %s ended, but it can't be recorded: %s", live.id, error.message)
 
@@ -459,39 +426,19 @@ class Calls:
         due = [use for use in held if now - self._touched.get(use, 0.0) > _TOUCH_PAUSE]
         if due and live.capture is not None:
             self._touched.update(dict.fromkeys(due, now))
-            uses = [use[1:] for use in due]
-            await trio.to_thread.run_sync(self._vault.of(agent.team).touch, uses, now)
+            uses, touch = [use[1:] for use in due], self._vault.of(agent.team).touch
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(touch, uses, now)
+            except SandboxdError as error:
+                log.error("the last use of a variable can't be noted: %s", error.message)
 
 
-async def _read(
-    capture: Capture,
-    name: Stream,
-    source: trio.lowlevel.FdStream,
-    done: trio.Event,
-    scope: trio.CancelScope,
-) -> None:
-    with scope:
-        await capture.read(name, source)
-    done.set()
-
-
-async def _end(live: _Live, process: Process, grace: float) -> None:
-    """Kill what is left of the tree and wait for its end, cancelled or not.
-
-    A program with ``grace`` gets SIGTERM and that many seconds first, unless an operator ends it.
-    """
-    with trio.move_on_after(_REAP + grace, shield=True):
-        try:
-            if grace and live.exit is None and not live.reason:
-                await process.signal(signal.SIGTERM)
-                with trio.move_on_after(grace):
-                    await process.wait()
-            await process.kill()
-            live.exit = await process.wait()
-        except Unavailable:  # the launcher is gone, and as its children every tree with it
-            live.alive = False
-            raise
-        live.alive = False
+def _look_ahead(live: _Live, tool: Tool | None) -> None:
+    """Do what can be done while the decision goes to the disk."""
+    if tool is not None and not isinstance(tool, McpTool) and is_brief(bytes_to_hash(tool)):
+        with contextlib.suppress(SandboxdError):  # told when the program is to run
+            live.held = hold_program(tool)
 
 
 def _unrecorded(live: _Live, error: StoreError) -> CallResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal
 
@@ -17,6 +18,8 @@ Stream = Literal["stdout", "stderr"]
 Progress = Callable[[float, str], Awaitable[None]]
 
 _CHUNK = 65536
+#: Chunks that are taken without a pause from a program that has ended: more than a pipe holds.
+_AT_ONCE = 32
 #: A tool may print this much more than is kept before it is ended even when its manifest says
 #: ``truncate``: reading on costs the broker, and nobody sees it.
 _PATIENCE = 64 << 20
@@ -68,11 +71,23 @@ class Capture:
         """How often which variable was masked."""
         return dict(self._streams.counts)
 
-    async def read(self, stream: Stream, source: trio.lowlevel.FdStream) -> None:
-        """Take ``source`` to its end."""
-        async with source:
-            while data := await source.receive_some(_CHUNK):
-                self._take(stream, data)
+    def take(self, stream: Stream, pipe: int, chunks: int = _AT_ONCE) -> bool:
+        """Take what is in ``pipe``, which does not block; whether it is at its end."""
+        for _ in range(chunks):  # somebody may write as fast as this reads
+            try:
+                data = os.read(pipe, _CHUNK)
+            except BlockingIOError:
+                return False
+            if not data:
+                return True
+            self._take(stream, data)
+        return False
+
+    async def read(self, stream: Stream, pipe: int) -> None:
+        """Take ``pipe`` to its end."""
+        await trio.lowlevel.wait_readable(pipe)
+        while not self.take(stream, pipe, chunks=1):
+            await trio.lowlevel.wait_readable(pipe)
 
     async def report(self) -> None:
         """Pass progress on until cancelled; a slow listener loses text, never holds the tool up."""

@@ -11,17 +11,26 @@ import trio
 from sandboxd.broker.launch import Prepared
 from sandboxd.isolation.wire import sealed_memfd
 
-__all__ = ["input_", "memory", "output", "reading", "standard_input"]
+__all__ = ["input_", "memory", "output", "pipe", "reading", "standard_input"]
+
+
+def pipe(ours: contextlib.ExitStack, given: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe for output: our end, which never blocks, and the tool's; each closed by its stack."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    ours.callback(os.close, read)
+    given.callback(os.close, write)
+    os.set_blocking(read, False)
+    # The tool runs as another user: let it open /dev/stdout, which opens the pipe anew (proc(5)).
+    os.fchmod(write, 0o666)
+    return read, write
 
 
 def output(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:
-    """A pipe: our end as a stream, the tool's end as a descriptor that ``given`` closes."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    given.callback(os.close, write)
-    stream = trio.lowlevel.FdStream(read)
-    # The tool runs as another user: let it open /dev/stdout, which opens the pipe anew (proc(5)).
-    os.fchmod(write, 0o666)
-    return stream, write
+    """The same with our end as a stream."""
+    with contextlib.ExitStack() as ours:
+        read, write = pipe(ours, given)
+        ours.pop_all()
+    return trio.lowlevel.FdStream(read), write
 
 
 def input_(given: contextlib.ExitStack) -> tuple[trio.lowlevel.FdStream, int]:

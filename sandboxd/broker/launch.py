@@ -149,10 +149,10 @@ def _own_mounts(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
 
 def _program_mount(tool: Tool, held: Held | None) -> Iterator[MountSpec]:
     """The program, above all that may hold its path as well."""
-    program, pin = Path(tool.program), held.program if held else UNPINNED
-    inside = program.is_relative_to(tool.directory)
-    if (inside and pin != UNPINNED) or not (inside or program.is_relative_to("/usr")):
-        yield MountSpec(str(program), str(program), pin=pin)
+    program, pin = str(tool.program), held.program if held else UNPINNED
+    inside = program.startswith(f"{tool.directory}/")
+    if (inside and pin != UNPINNED) or not (inside or program.startswith("/usr/")):
+        yield MountSpec(program, program, pin=pin)
 
 
 def _mounts(

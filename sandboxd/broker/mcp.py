@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import re
 import select
 from collections.abc import Awaitable, Callable, Iterator
@@ -261,20 +262,27 @@ class _Connection:
         """Lines to the peer, in order. One that takes nothing for long loses the connection."""
         async with self._outgoing:
             async for line in self._outgoing:
-                for start in range(0, len(line), _CHUNK):
-                    try:
+                try:
+                    for start in range(self._write_now(line), len(line), _CHUNK):
                         with trio.fail_after(_STALLED):
                             await self._stream.send_all(line[start : start + _CHUNK])
-                    except trio.TooSlowError:
-                        log.warning("a client takes no answers; its connection is closed")
-                        connection.cancel()
-                        return
-                    except trio.BrokenResourceError:
-                        connection.cancel()
-                        return
+                except trio.TooSlowError:
+                    log.warning("a client takes no answers; its connection is closed")
+                    connection.cancel()
+                    return
+                except (OSError, trio.BrokenResourceError):
+                    connection.cancel()
+                    return
                 self.unsent -= len(line)
                 self._changed.set()
         self.written.set()
+
+    def _write_now(self, line: bytes) -> int:
+        """How many bytes there was room for: of nearly every answer, all."""
+        try:
+            return os.write(self._stream.socket.fileno(), line)
+        except BlockingIOError:
+            return 0
 
     def settle(self, id: types.RequestId | None) -> None:
         """The request is answered, or never will be."""

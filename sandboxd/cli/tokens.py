@@ -108,7 +108,10 @@ def create(args: argparse.Namespace) -> int:
 
 def revoke(args: argparse.Namespace) -> int:
     if (args.token is None) == (args.user is None):
-        raise Invalid("name a token, or a user with --user")
+        raise Invalid(
+            "name a token, or a user with --user",
+            hint="ids of tokens are in the audit log: sandboxctl audit tail",
+        )
     named = {"subject": args.user} if args.user else {"id": shown_on_stdin(args.token)}
     team = {"team": args.team} if args.team else {}
     with connect(args) as daemon:

@@ -54,6 +54,11 @@ class Outlet:
         if self._inlet is not None:
             self._made = take(self._inlet, len(listeners(self.terms)))
 
+    def close(self) -> None:
+        """Close what was taken and isn't served."""
+        while self._made:
+            self._made.pop().close()
+
     async def serve(self) -> None:
         """Serve what :meth:`take` took, until cancelled; the sockets are closed then."""
         made, self._made = self._made, []

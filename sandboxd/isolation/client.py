@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,10 @@ _ENDING_LIMIT = 5.0
 #: Launches on their way at once. Descriptors in flight count against a limit (unix(7),
 #: ETOOMANYREFS), and more than a few only wait for each other.
 _STARTING_AT_ONCE = 32
+
+
+def _nothing() -> None:
+    """What most have to do while a sandbox starts."""
 
 
 class Process:
@@ -162,9 +166,12 @@ class Launcher:
         stdout: int,
         stderr: int,
         extra: Sequence[int] = (),
+        meanwhile: Callable[[], None] = _nothing,
     ) -> Process:
-        """Start a sandbox; returns once its program runs, or waits to be told by ``begin``.
+        """Start a sandbox; returns once its program runs, has ended already, or waits to be told.
 
+        ``meanwhile`` is called once the order is given, while it is carried out; again where it
+        has to be given again.
         ``extra`` holds the descriptors for ``spec.extra_fds``, where the spec has shared mounts
         their mount namespace, and where it has listeners a Unix socket that brings them. All stay
         the caller's to close. Raises KernelError naming the system call and path that failed, or
@@ -182,7 +189,7 @@ class Launcher:
         streams = (stdin, stdout, stderr, *extra)
         if spec.template and template_suits(spec, streams):
             key = (spec.template, template_key(spec, lasting))
-            return await self._launch_in_template(spec, data, streams, key)
+            return await self._launch_in_template(spec, data, streams, key, meanwhile)
         memfd = sealed_memfd(data)
         try:
             fds = (memfd, *streams)
@@ -200,7 +207,7 @@ class Launcher:
                     self._finish(process)
                     raise
                 process._passed_on()
-                await self._await_start(process)
+                await self._await_start(process, meanwhile)
                 return process
         finally:
             os.close(memfd)
@@ -216,7 +223,12 @@ class Launcher:
         return process
 
     async def _launch_in_template(
-        self, spec: LaunchSpec, data: bytes, fds: Sequence[int], key: Key
+        self,
+        spec: LaunchSpec,
+        data: bytes,
+        fds: Sequence[int],
+        key: Key,
+        meanwhile: Callable[[], None],
     ) -> Process:
         while True:
             template = self._pool.take(key) or await self._new_template(key, spec)
@@ -225,7 +237,7 @@ class Launcher:
             process._template, process.pid = template, template.pid
             take = partial(self._take_from_template, process)
             if await template.send(number, data, fds, take):
-                await self._await_start(process)
+                await self._await_start(process, meanwhile)
                 if not process._declined:
                     return process
             # It ended just now, by itself, and has started nothing: a call had left traces in it.
@@ -273,8 +285,9 @@ class Launcher:
         process._started.set()
         process._ended.set()
 
-    async def _await_start(self, process: Process) -> None:
+    async def _await_start(self, process: Process, meanwhile: Callable[[], None]) -> None:
         try:
+            meanwhile()
             with trio.fail_after(_STARTING_LIMIT):
                 await process._started.wait()
         except BaseException as failure:

@@ -132,7 +132,8 @@ class _Memory:
         self._free = _free(self.fd)
 
     def clear(self) -> bool:
-        if self._kept or _free(self.fd) != self._free:
+        # What was moved within it takes no room: where something was there first, that is compared.
+        if _free(self.fd) != self._free or (self._kept and self._look(self.fd) != self._kept):
             budget = [_MOST]
             self._clear(self.fd, self._kept, budget, _DEEPEST)
             if _free(self.fd) != self._free or self._look(self.fd) != self._kept:

@@ -49,6 +49,8 @@ __all__ = [
     "start",
 ]
 
+#: How to open a file that is only looked at or executed.
+_BY_PATH = os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW
 SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 #: What Python and the launcher ignore or handle, and a program must not inherit.
 OURS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ)
@@ -209,14 +211,18 @@ def open_program(spec: LaunchSpec) -> int:
     if spec.pin == UNPINNED:
         return -1
     path = spec.program or os.fsdecode(spec.argv[0])
-    with _opened(path) as fd:
+    fd = os.open(path, _BY_PATH)
+    try:
         check_pin(fd, spec.pin, path)
-        return os.dup(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(path, _BY_PATH)
     try:
         yield fd
     finally:

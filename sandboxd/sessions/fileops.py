@@ -10,14 +10,14 @@ Standard library only.
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import errno
 import itertools
 import json
 import os
 import posixpath
-import secrets
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -83,9 +83,14 @@ class _Refused(Exception):
 
 def main() -> None:
     """Answer the one request. Exits with 0 whatever the answer says."""
+    signal.signal(signal.SIGTERM, _leave)
     request = json.load(sys.stdin)
     root = os.open(WORKSPACE, DIRECTORY | os.O_CLOEXEC)
     json.dump(perform(root, request), sys.stdout)
+
+
+def _leave(*_: object) -> None:
+    sys.exit(1)
 
 
 def perform(root: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -115,14 +120,14 @@ def _read(root: int, request: dict[str, Any]) -> dict[str, Any]:
             data += chunk
     if len(data) > limit:
         raise _Refused("invalid", f"is larger than {limit:,} bytes")
-    content = base64.b64encode(data).decode("ascii")
+    content = binascii.b2a_base64(data, newline=False).decode("ascii")
     return {"content": content, **_entry(request["path"], found, None)}
 
 
 def _write(root: int, request: dict[str, Any]) -> dict[str, Any]:
     for done, file in enumerate(request["files"]):
         request |= {"path": file["path"], "done": done}
-        _write_one(root, file["path"], base64.b64decode(file["content"]), file["mode"])
+        _write_one(root, file["path"], binascii.a2b_base64(file["content"]), file["mode"])
     return {"written": len(request["files"])}
 
 
@@ -132,7 +137,7 @@ def _write_one(root: int, path: str, data: bytes, mode: int | None) -> None:
         if old is not None:
             _want_file(old)
             mode = old.st_mode & 0o777 if mode is None else mode
-        fresh = f".sandboxd-{secrets.token_hex(8)}"
+        fresh = f".sandboxd-{os.urandom(8).hex()}"
         try:
             with created(at, fresh, 0o600) as fd:
                 view = memoryview(data)

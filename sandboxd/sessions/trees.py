@@ -12,12 +12,13 @@ import ctypes
 import errno
 import itertools
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # the import would take longer than most work that is done here
+    from pathlib import Path
 
 __all__ = [
     "DIRECTORY",
@@ -187,7 +188,7 @@ def remove(path: Path) -> None:
         return
     try:
         waiting: list[str] = []
-        prefix = f"{secrets.token_hex(8)}-"
+        prefix = f"{os.urandom(8).hex()}-"
         numbers = itertools.count()
 
         def clear(fd: int) -> None:

@@ -56,7 +56,7 @@ class Parts:
             self.vault,
             self.audit,
             config=lambda: self.config,
-            stop=self._stop,
+            stop=self.stop,
             clock=lambda: self.now,
         )
         return self.access
@@ -83,7 +83,7 @@ class Parts:
     def events(self, name: str) -> list[dict[str, Any]]:
         return [record for record in self.audit.tail(1000) if record["event"] == name]
 
-    async def _stop(self, rests: Callable[[Dependent], bool], reason: str) -> Sequence[Dependent]:
+    async def stop(self, rests: Callable[[Dependent], bool], reason: str) -> Sequence[Dependent]:
         found = [one for one in self.running if rests(one)]
         if self.meanwhile is not None:
             self.meanwhile()

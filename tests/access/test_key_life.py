@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 
 import pytest
 import trio
 from access_parts import HOST, Parts, Running
 
+from sandboxd.access.control import Access
 from sandboxd.access.keys import checked_label, prefix_of
 from sandboxd.access.roles import Principal
 from sandboxd.errors import (
@@ -286,6 +288,26 @@ class TestRotation:
         await parts.access.deactivate(new.id, by=HOST)
         with pytest.raises(Conflict, match="is deactivated"):
             await parts.access.rotate(new.id, overlap=60.0, by=HOST)
+
+
+async def test_a_clock_set_back_before_a_start_revives_nothing(parts: Parts) -> None:
+    """The store remembers a later time than the host now says."""
+    parts.now = time.time() + 7200
+    _, ended_text = await parts.key_of(lifetime=60.0)
+    parts.now += 3600
+    _, text = await parts.key_of()
+    access = Access(
+        parts.vault,
+        parts.audit,
+        config=lambda: parts.config,
+        stop=parts.stop,
+    )
+    await access.authenticate(text)
+    with pytest.raises(Unauthenticated):
+        await access.authenticate(ended_text)
+    (warning,) = access.warnings
+    assert "clock" in warning
+    assert parts.access.warnings == []
 
 
 class TestTheStore:

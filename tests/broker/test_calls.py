@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from broker_parts import AGENT, ORDINARY_UID, Broker
 from sandboxd.broker.calls import Bounds
 from sandboxd.broker.result import CallResult
 from sandboxd.errors import KernelError, StoreError
+from sandboxd.secret import Secret
+from sandboxd.vault.vault import Sealed
 
 TOKEN = "hunter2-is-the-value"
 
@@ -441,10 +444,10 @@ async def test_nothing_runs_when_the_audit_log_can_not_be_written(
     assert (await broker.call("mark")).outcome == "ok"
     marker.unlink()
 
-    async def full(event: str, **fields: Any) -> int:
+    def full(event: str, **fields: Any) -> int:
         raise StoreError("no space left on the device")
 
-    monkeypatch.setattr(broker.audit, "append", full)
+    monkeypatch.setattr(broker.audit, "start", full)
     result = await broker.call("mark")
     assert result.outcome == "failed"
     assert "audit" in result.message
@@ -461,7 +464,7 @@ async def test_a_tool_whose_launch_can_not_be_recorded_is_killed(
         raise StoreError("no space left on the device")
 
     async def full_late(seq: int) -> None:
-        if broker.audit._pending and b'"call.launched"' in broker.audit._pending[0]:
+        if any(b'"call.launched"' in line for _, line in broker.audit._waiting):
             raise StoreError("no space left on the device")
         await settle(seq)
 
@@ -480,7 +483,44 @@ async def test_the_record_of_a_launch_is_on_disk_while_its_tool_runs(broker: Bro
     async with trio.open_nursery() as nursery:
         nursery.start_soon(broker.call, "long")
         await running(broker)
+        (launched,) = broker.records("call.launched")
+        with trio.fail_after(20):
+            while broker.audit.last < launched["seq"]:  # noqa: ASYNC110 - a log has no event
+                await trio.sleep(0.005)
         nursery.cancel_scope.cancel()
+
+
+async def test_no_program_starts_before_the_decision_is_on_disk(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = broker.make_workspace() / "ran"
+    broker.set(TOKEN=TOKEN)
+    broker.tool("mark", "touch ran", workspace="rw", secrets=secret())
+    real, go_on, begun = os.fdatasync, threading.Event(), threading.Event()
+
+    def slow(fd: int) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    opened, unseal = [], broker.vault.unseal
+
+    def noted(sealed: Sealed) -> Secret:
+        opened.append(sealed.name)
+        return unseal(sealed)
+
+    monkeypatch.setattr(broker.vault, "unseal", noted)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(broker.call, "mark")
+        await trio.to_thread.run_sync(begun.wait, 20)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not marker.exists()
+        assert (opened, broker.records("call.launched")) == ([], [])
+        go_on.set()
+    assert marker.exists()
+    assert opened == ["TOKEN"]
+    assert broker.records("call.ended")[-1]["outcome"] == "ok"
 
 
 # --- being cancelled ----------------------------------------------------------------------------

@@ -136,7 +136,8 @@ class Watched:
         async with trio.open_nursery() as nursery:
             for stream in ("stdout", "stderr"):
                 source, self.ends[stream] = os.pipe()
-                nursery.start_soon(self.capture.read, stream, trio.lowlevel.FdStream(source))
+                os.set_blocking(source, False)
+                nursery.start_soon(self.capture.read, stream, source)
             nursery.start_soon(self.capture.report)
             task_status.started()
 

@@ -34,6 +34,8 @@ CASES = [
     ("sandboxctl tools show ht", {"http_request"}, {"shell"}),
     ("sandboxctl tools lint --str", {"--strict"}, {"--files"}),
     ("sandboxctl approvals ", {"list", "show", "approve", "deny", "watch"}, {"status"}),
+    ("sandboxctl keys ", {"create", "list", "show", "rotate", "deactivate"}, {"jwks"}),
+    ("sandboxctl tokens create --a", {"--agent"}, {"--now"}),
     ("sandboxctl completion ", {"bash", "zsh", "fish"}, set()),
     ("sandboxctl run sh -- o", set(), {"other"}),
 ]
@@ -146,3 +148,8 @@ def test_names_of_everything_are_printed_one_a_line(with_variables: Ctl) -> None
     id = with_variables("session", "start", "sh", "--", "-c", "sleep 1000").stdout.strip()
     assert id in with_variables("__complete", "sessions").stdout.splitlines()
     with_variables("session", "stop", "--grace", "0", id)
+    make = ("keys", "create", "--role", "viewer", "--label", "completed")
+    kept, gone = (with_variables.json(*make)["key"]["id"] for _ in range(2))
+    with_variables("keys", "deactivate", gone)
+    names = with_variables("__complete", "keys").stdout.splitlines()
+    assert (kept in names, gone in names) == (True, False)

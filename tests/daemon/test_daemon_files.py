@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,3 +297,94 @@ def test_what_was_done_is_recorded_by_whom_and_where(daemon: RealDaemon) -> None
     daemon.call("session.stop", id=copier.id, grace=0)
     changed = {c["path"] for c in daemon.call("session.diff", id=copier.id)["changes"]}
     assert {"d", "b", "b/c"} <= changed  # what an operator wrote lands by review, too
+
+
+#: Exchanges a directory and a link to the host's /etc without end; renameat2(2), RENAME_EXCHANGE.
+SWAPPING = """
+import ctypes, os
+os.makedirs("/workspace/place/ssl")
+with open("/workspace/place/passwd", "w") as file:
+    file.write("own")
+os.symlink("/etc", "/workspace/link")
+open("/workspace/ready", "w").close()
+libc = ctypes.CDLL(None)
+while True:
+    libc.renameat2(-100, b"/workspace/place", -100, b"/workspace/link", 2)
+"""
+#: The control, in the same sandbox: who goes by the path is led to both, sooner or later.
+LED = """
+found = set()
+while len(found) < 2:
+    try:
+        with open("/workspace/place/passwd") as file:
+            found.add(file.read() == "own")
+    except OSError:
+        pass
+print("both")
+"""
+
+
+def test_an_agent_that_swaps_directories_for_links_leads_nobody_out(daemon: RealDaemon) -> None:
+    daemon.python_agent("swapper", SWAPPING)
+    daemon.call("reload")
+    swapper = Workspace(daemon, "swapper")
+    until(lambda: swapper.exists("ready"))
+    control = daemon.call(
+        "session.exec", id=swapper.id, argv=[sys.executable, "-I", "-c", LED], timeout=60
+    )
+    assert base64.b64decode(control["stdout"]) == b"both\n"
+    said = set()
+    for n in range(8):
+        for op, params in (
+            ("read", {"path": "place/passwd"}),
+            ("write", {"files": [{"path": f"place/n{n}", "content": "x"}]}),
+            ("list", {"path": "place"}),
+        ):
+            try:
+                answer = swapper.call(op, **params)
+            except SandboxdError as refused:
+                said.add(refused.code)
+            else:
+                said.add(answer.get("content", op))
+                names = {entry["name"] for entry in answer.get("entries", ())}
+                assert not names - {"passwd", "ssl", *(f"n{m}" for m in range(8))}
+    # Never anything of /etc; and it both went well and met the link.
+    assert said - {"list"} <= {"own", "write", "denied"}
+    assert "denied" in said
+    assert said & {"own", "write"}
+    daemon.call("session.stop", id=swapper.id, grace=0)
+
+
+#: What the agent of AGENT makes before it waits.
+COPIED = {"binary", "fifo", "inner", "link", "own", "ready", "sub", "sub/deep", "sub/deep/file"}
+
+
+def test_operations_end_with_their_session(daemon: RealDaemon) -> None:
+    """However far they are: what was asked is answered, and nothing of it is left."""
+    copier = Workspace(daemon, "copier")
+    until(lambda: copier.exists("ready"))
+    outcomes: list[str] = []
+
+    def work(name: str) -> None:
+        try:
+            for _ in range(1000):
+                copier.write(name, "x" * (1 << 20))
+                outcomes.append("")
+        except SandboxdError as refused:
+            outcomes.append(refused.code)
+
+    threads = [threading.Thread(target=work, args=(f"n{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(outcomes) >= 4)
+    daemon.call("session.stop", id=copier.id, grace=0)
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    # Under way when it ended: conflict. Asked for afterwards: there is no such session.
+    assert set(outcomes) <= {"", "conflict", "not_found"}
+    assert outcomes.count("") == len(outcomes) - 4
+    changes = daemon.call("session.diff", id=copier.id, text=False)["changes"]
+    written = {c["path"]: c.get("size") for c in changes if c["path"] not in COPIED}
+    assert set(written) <= {"n0", "n1", "n2", "n3"}
+    assert set(written.values()) == {1 << 20}

@@ -201,6 +201,15 @@ def test_a_revoked_token_takes_its_session_along_and_no_other(working: RealDaemo
     assert holder.post("session.list").status_code == 200
 
 
+def test_who_deactivates_their_own_key_is_told_so(working: RealDaemon) -> None:
+    id, owner = new_key(working, "--role", "owner")
+    session = owner.session(("call", "slow", {}))
+    answer = owner.call("keys.deactivate", key=id)
+    assert (answer["key"]["state"], answer["ended_sessions"]) == ("deactivated", [session])
+    assert owner.post("session.list").status_code == 401
+    assert (live(working), naps()) == (set(), set())
+
+
 def test_a_key_whose_overlap_is_over_takes_its_sessions_along(working: RealDaemon) -> None:
     id, holder = new_key(working)
     session = holder.session(("call", "slow", {}))

@@ -296,3 +296,18 @@ def test_the_audit_tab_shows_the_teams_records_and_the_logs_state(
     got = owner.post("/audit/verify")
     assert "whole Every record is as it was written" in told(got.text)
     daemon.call("env.remove", agent="reader", names=["AUDITED"])
+
+
+def test_a_page_that_shows_the_newest_records_is_sent_none_again(
+    daemon: RealDaemon, owner: Pages
+) -> None:
+    found = re.search(r'hx-get="(/audit/live[?]since=[0-9]+)"', owner.read("/audit"))
+    assert found is not None
+    assert owner.get(found[1], **{"x-live": "1"}).status_code == 204
+    daemon.set("spy", SPYS=OTHER)
+    assert owner.get(found[1], **{"x-live": "1"}).status_code == 204
+    daemon.set("reader", NEWS=OTHER)
+    got = owner.get(found[1], **{"x-live": "1"})
+    assert got.status_code == 200
+    assert "NEWS" in got.text
+    daemon.call("env.remove", agent="reader", names=["NEWS"])

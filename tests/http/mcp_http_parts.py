@@ -42,8 +42,19 @@ def configure(daemon: RealDaemon) -> None:
     daemon.tool("long", "#!/bin/sh\nsleep 88202\n", _NO_INPUT)
     daemon.tool("look", "#!/bin/sh\ncat /workspace/there\n", _NO_INPUT + "workspace: ro\n")
     daemon.tool("foreign", "#!/bin/sh\necho not yours\n", _NO_INPUT)
+    daemon.write(
+        "policies/asking.yaml",
+        """
+        version: 1
+        description: somebody is asked about one tool
+        rules:
+          - ask: fail
+          - allow: "*"
+        """,
+    )
     wait = "echo mine > /workspace/there; exec sleep 88203"
     daemon.agent("client", wait, tools="[use, fail, talk, long, look]")
+    daemon.agent("careful", wait, tools="[fail]", policy="asking")
     daemon.agent("other", wait, tools="[foreign, look]")
 
 

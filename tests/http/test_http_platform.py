@@ -136,7 +136,7 @@ def test_agents_are_listed_and_shown(cli: CommandLine) -> None:
         cli.agent("foreign")
     with pytest.raises(RuntimeError, match="no agent 'nobody'"):
         cli.agent("nobody")
-    with pytest.raises(RuntimeError, match="is not an agent"):
+    with pytest.raises(RuntimeError, match="is not a slug"):
         cli.agent("Nobody..")
 
 

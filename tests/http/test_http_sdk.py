@@ -140,7 +140,7 @@ def test_a_sandbox_ends_when_its_time_is_over(client: httpx2.Client) -> None:
     [
         ({"agent": "nobody"}, 404, "not_found", "no agent 'nobody'"),
         ({"agent": "foreign"}, 404, "not_found", "no agent 'foreign'"),
-        ({"agent": "../x"}, 400, "validation_error", "is not an agent"),
+        ({"agent": "../x"}, 400, "validation_error", "is not a slug"),
         ({"envs": {"LD_PRELOAD": "x"}}, 403, "forbidden", "LD_PRELOAD"),
         ({"envs": {"lower case": "x"}}, 400, "validation_error", "variable"),
         ({"files": {"../../etc/passwd": "x"}}, 400, "validation_error", "neither"),

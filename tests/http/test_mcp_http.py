@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -97,6 +98,24 @@ def test_a_tool_that_needs_files_needs_a_live_session(daemon: RealDaemon) -> Non
     daemon.call("session.stop", id=session, grace=0)
     assert there.post("tools/list").status_code == 404
     until(lambda: any(r.get("reason") == "its session ended" for r in daemon.audit()))
+
+
+def test_a_call_waits_for_its_operator(daemon: RealDaemon) -> None:
+    id, _ = key(daemon)
+    wire = Wire(daemon.url + "/mcp", token(daemon, id, "careful", subject="ann")[1])
+    with ThreadPoolExecutor() as elsewhere:
+        asked = elsewhere.submit(wire.call, "fail")
+        until(lambda: daemon.call("approvals.list")["approvals"] != [])
+        (question,) = daemon.call("approvals.list")["approvals"]
+        assert (question["tool"], question["agent"]) == ("fail", "careful")
+        assert not asked.done()
+        daemon.call("approvals.approve", id=question["id"])
+        assert texts(asked.result(30)) == ["out\n", "err\n", "fail ended with status 3"]
+        again = elsewhere.submit(wire.call, "fail")
+        until(lambda: daemon.call("approvals.list")["approvals"] != [])
+        daemon.call("approvals.deny", id=daemon.call("approvals.list")["approvals"][0]["id"])
+        assert again.result(30)["result"]["isError"] is True
+    assert ended(daemon, "fail")[-1] == "failed"
 
 
 def test_a_variable_that_is_set_is_there_at_the_next_call(daemon: RealDaemon, wire: Wire) -> None:

@@ -88,6 +88,7 @@ async def set_(ask: Ask) -> Response:
             force="force" in form,
         )
     except (Invalid, Conflict) as error:
+        error.hint = error.hint.replace("--force", "allow it, below the value")
         # What is no name is not shown again: it may be the value, in the wrong field.
         return await _page(ask, name=name, error=error, status=400)
     _tell(ask, [f"{name} is set, version {got['versions'][name]}."], got, "now" in form)

@@ -31,6 +31,7 @@
   document.addEventListener("htmx:afterSwap", (event) => {
     const { target } = event.detail;
     if (target.dataset.focus !== undefined) target.focus();
+    if (event.detail.xhr.status < 300) event.detail.requestConfig.elt.closest("form[data-resets]")?.reset();
     announce(document);
   });
 
