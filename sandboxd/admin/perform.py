@@ -121,14 +121,17 @@ async def _checked(
     """The parameters that the method gets. Denied, NotFound or Invalid when it gets none."""
     principal = caller.principal
     if not principal.may(need.permission) or (need.scope == "host" and principal.team is not None):
-        await daemon.audit.append(
-            "admin.denied",
-            by=principal.name,
-            method=name,
-            role=principal.role,
-            team=principal.team,
-            key=principal.key,
-        )
+        left_out = daemon.denials.note(principal.key or principal.name, trio.current_time())
+        if left_out is not None:
+            await daemon.audit.append(
+                "admin.denied",
+                by=principal.name,
+                method=name,
+                role=principal.role,
+                team=principal.team,
+                key=principal.key,
+                **({"left_out": left_out} if left_out else {}),
+            )
         raise _denied(principal, name, need.permission)
     if principal.team is not None:
         _check_team(principal, params)
@@ -182,7 +185,7 @@ def _denied(principal: Principal, method: str, permission: Permission) -> Denied
     able = [role for role in PERMISSIONS if role != "application" and _may(role, permission)]
     who = "the host's operators can, on the admin socket" if able == ["host"] else ""
     return Denied(
-        f"{principal.name} may not call {method}: the role {principal.role} does not have it",
+        f"{principal.own_name} may not call {method}: the role {principal.role} does not have it",
         hint=who or f"a key of one of these roles can: {', '.join(r for r in able if r != 'host')}",
     )
 
