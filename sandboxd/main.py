@@ -80,7 +80,7 @@ def _start(arguments: argparse.Namespace) -> int:
     source = _key_source(settings, paths)
     key = load_master_key(source, ask=_ask)
     webhook_key = signing_key(settings.approvals.webhook)
-    http = _listening(settings)
+    http = _listening(settings, unix=False)
     if who is not None:
         for directory in (paths.state, paths.runtime):
             refuse_unreachable(directory, who)
@@ -90,6 +90,7 @@ def _start(arguments: argparse.Namespace) -> int:
                 "the broker sees %s covered: its Python lives below", ", ".join(covered)
             )
         become(who)
+    http = http or _listening(settings, unix=True)
     boot = Boot(
         paths=paths,
         settings=settings,
@@ -182,9 +183,11 @@ def _lock(path: Path, who: Identity | None) -> int:
     return fd
 
 
-def _listening(settings: Settings) -> Listening | None:
-    """The HTTP API's socket, while root's ports and files can still be had."""
-    if settings.http is None:
+def _listening(settings: Settings, *, unix: bool) -> Listening | None:
+    """The HTTP API's socket: a port while root's ports and files can still be had; a Unix socket
+    afterwards, as root must not touch names in a directory of the broker's.
+    """
+    if settings.http is None or settings.http.listen.startswith("unix:") is not unix:
         return None
     from sandboxd.http.listen import open_listening
 

@@ -103,6 +103,11 @@ class Principal:
     issued_at: float | None = None
     expires_at: float | None = None
 
+    @property
+    def own_name(self) -> str:
+        """How it is named to itself: who holds a token learns nothing of the key behind it."""
+        return (self.subject or "a token") if self.kind == "token" else self.name
+
     def may(self, permission: Permission) -> bool:
         """Whether the role has this permission at all."""
         return permission in PERMISSIONS[self.role]

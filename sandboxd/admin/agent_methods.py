@@ -14,7 +14,7 @@ import trio
 from sandboxd.admin.params import iso, known_agent, thread
 from sandboxd.admin.reach import agents_of, live_of
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.errors import Denied, SandboxdError, Unavailable
+from sandboxd.errors import Conflict, Denied, SandboxdError, Unavailable
 from sandboxd.policy import Agent
 from sandboxd.policy.decide import session_terms
 from sandboxd.policy.explain import launched_for
@@ -89,6 +89,7 @@ class AgentMethods:
         file = self._file(agent)
         kept = file.with_name(f"{file.name}.deleted-{int(time.time())}")
         await thread(_check_ours, file)
+        await self._check_nothing_staged()
         with trio.CancelScope(shield=True):
             await self._daemon.audit.append(
                 "agent.deleted", agent=agent.slug, team=agent.team, by=caller.name, kept=kept.name
@@ -118,7 +119,21 @@ class AgentMethods:
             await self._daemon.reload(caller.name)
         except SandboxdError:
             await thread(kept.rename, file)
-            raise
+            # What is wrong, and in whose file, is for the host's operators alone.
+            raise Conflict(
+                "the configuration can't be loaded without it, so nothing was deleted",
+                hint="the host's operators see why: sandboxctl config check",
+            ) from None
+
+    async def _check_nothing_staged(self) -> None:
+        """Deleting one team's agent must not put in force what the host's operators are writing,
+        nor tell what is wrong with it."""
+        try:
+            config = await self._daemon.check()
+        except SandboxdError:
+            raise _staged() from None
+        if config.generation != self._daemon.config.generation:
+            raise _staged()
 
     async def _forget_variables(self, caller: Caller, agent: Agent) -> list[str]:
         """A later agent of the same name must not begin with this one's secrets."""
@@ -165,6 +180,13 @@ def _named(agent: Agent) -> dict[str, Any]:
         "policy": agent.policy,
         "tools": list(agent.tools),
     }
+
+
+def _staged() -> Conflict:
+    return Conflict(
+        "the configuration's files are not what is in force: somebody is changing them",
+        hint="try again when the host's operators have put them in force: sandboxctl reload",
+    )
 
 
 def _changed(file: Path) -> float | None:

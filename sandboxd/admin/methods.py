@@ -49,7 +49,6 @@ class Methods:
             **FileMethods(self._daemon).table(),
             **ToolMethods(self._daemon).table(),
             **ApprovalMethods(self._daemon).table(),
-            **AgentMethods(self._daemon).table(),
             **KeyMethods(self._daemon).table(),
             **DashboardMethods(self._daemon).table(),
             "status": self.status,
@@ -75,7 +74,7 @@ class Methods:
                 {
                     "version": __version__,
                     "started_at": iso(daemon.started_at),
-                    "name": principal.name,
+                    "name": principal.own_name,
                     "team": principal.team,
                     "role": principal.role,
                     "sessions": len(live),
@@ -150,7 +149,10 @@ class Methods:
     # -- audit and policy ---------------------------------------------------------------------
 
     async def audit_tail(self, caller: Caller, params: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        """The last ``n`` records that the caller may see, then each new one."""
+        """The last ``n`` records that the caller may see, then each new one.
+
+        With ``since`` those after the record of that number instead, found without a search.
+        """
         audit, principal = self._daemon.audit, caller.principal
         count = bounded(params, "n", 20, least=0, most=100_000)
         seen = audit.newest
@@ -158,6 +160,9 @@ class Methods:
         if principal.team is not None:
             sees = partial(sees_record, principal)
             recent = partial(recent, where=sees, having=f'"team":"{principal.team}"'.encode())
+        if params.get("since") is not None:
+            since = bounded(params, "since", 0, least=0, most=1 << 53)
+            recent = partial(audit.tail, 100_000, after=since)
         records = await thread(recent)
         while True:
             for record in records:
@@ -167,7 +172,7 @@ class Methods:
             if not params.get("follow"):
                 return
             await trio.sleep(0.2)
-            fresh = await thread(audit.tail, audit.newest - seen)
+            fresh = await thread(partial(audit.tail, 100_000, after=seen))
             records = [record for record in fresh if record["seq"] > seen]
 
     async def audit_verify(self, caller: Caller, params: dict[str, Any]) -> Reply:

@@ -121,17 +121,22 @@ async def _checked(
     """The parameters that the method gets. Denied, NotFound or Invalid when it gets none."""
     principal = caller.principal
     if not principal.may(need.permission) or (need.scope == "host" and principal.team is not None):
-        await daemon.audit.append(
-            "admin.denied",
-            by=principal.name,
-            method=name,
-            role=principal.role,
-            team=principal.team,
-            key=principal.key,
-        )
+        left_out = daemon.denials.note(principal.key or principal.name, trio.current_time())
+        if left_out is not None:
+            await daemon.audit.append(
+                "admin.denied",
+                by=principal.name,
+                method=name,
+                role=principal.role,
+                team=principal.team,
+                key=principal.key,
+                **({"left_out": left_out} if left_out else {}),
+            )
         raise _denied(principal, name, need.permission)
     if principal.team is not None:
         _check_team(principal, params)
+        if need.tool:
+            _check_tool(daemon, principal, params)
     if need.scope in ("session", "live"):
         id = param(params, "id", str)
         whole = await session_of(daemon, principal, id, live_only=need.scope == "live")
@@ -149,12 +154,6 @@ async def _checked(
     ):
         if not sees_agent(daemon, principal, slug(params)):
             raise no_agent(slug(params))
-        if principal.team is not None and params.get("team") not in (None, principal.team):
-            raise no_agent(slug(params))  # of the team that is named: variables may be there
-    elif need.scope == "tool":
-        tool = param(params, "tool", str)
-        if principal.team is not None and tool not in tools_of(daemon, principal):
-            raise NotFound(f"no tool {shown(tool)}", hint="see: sandboxctl tools list")
     elif need.scope == "team":
         return _with_team(daemon, principal, params)
     return params
@@ -164,6 +163,13 @@ def _check_team(principal: Principal, params: dict[str, Any]) -> None:
     """Whatever the method, a team that is named is the caller's own."""
     if params.get("team") is not None and param(params, "team", str) != principal.team:
         raise NotFound(f"no team {shown(params['team'])}", hint="leave it away: your own is meant")
+
+
+def _check_tool(daemon: Daemon, principal: Principal, params: dict[str, Any]) -> None:
+    if params.get("tool") is not None:
+        tool = param(params, "tool", str)
+        if tool not in tools_of(daemon, principal):
+            raise NotFound(f"no tool {shown(tool)}", hint="see: sandboxctl tools list")
 
 
 def _with_team(daemon: Daemon, principal: Principal, params: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +185,7 @@ def _denied(principal: Principal, method: str, permission: Permission) -> Denied
     able = [role for role in PERMISSIONS if role != "application" and _may(role, permission)]
     who = "the host's operators can, on the admin socket" if able == ["host"] else ""
     return Denied(
-        f"{principal.name} may not call {method}: the role {principal.role} does not have it",
+        f"{principal.own_name} may not call {method}: the role {principal.role} does not have it",
         hint=who or f"a key of one of these roles can: {', '.join(r for r in able if r != 'host')}",
     )
 

@@ -25,16 +25,13 @@ __all__ = ["NEEDS", "Need", "Scope"]
 #: ``place``     parameter ``session`` (live) where it is there, else parameter ``agent``
 #: ``approval``  parameter ``id``, a question that waits or was answered; an abbreviation becomes
 #:               the whole id where ``abbreviated``
-#: ``tool``      parameter ``tool``, one that some agent in reach lists
 #: ``team``      each of a list ``agents``, where it is there; parameter ``team`` is filled in for a
 #:               caller of one team
 #: ``own``       the method itself looks at ``caller.principal``: lists, and what concerns nobody
 #: ``host``      everything: no team's principal may
 #:
 #: A parameter ``team``, whatever the method, may name no other than the caller's own.
-Scope = Literal[
-    "agent", "agent?", "session", "live", "place", "approval", "tool", "team", "own", "host"
-]
+Scope = Literal["agent", "agent?", "session", "live", "place", "approval", "team", "own", "host"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,9 @@ class Need:
     scope: Scope
     #: Whether the beginning of an approval's id is enough: for looking only.
     abbreviated: bool = False
+    #: Whether the method reads about a parameter ``tool``, which has to be in reach where it is
+    #: there. Not for what decides about a call: that answers alike for every tool not listed.
+    tool: bool = False
 
 
 NEEDS: Mapping[str, Need] = MappingProxyType(
@@ -85,7 +85,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "approvals.approve": Need("approvals.decide", "approval"),
         "approvals.deny": Need("approvals.decide", "approval"),
         "tools.list": Need("tools.read", "agent?"),
-        "tools.show": Need("tools.read", "tool"),
+        "tools.show": Need("tools.read", "own", tool=True),
         "tools.pins": Need("tools.read", "own"),
         "tools.run": Need("call", "place"),
         "tools.place": Need("call", "place"),
@@ -94,7 +94,7 @@ NEEDS: Mapping[str, Need] = MappingProxyType(
         "tools.accept": Need("host", "host"),
         "tools.forget": Need("host", "host"),
         "policy.explain": Need("policies.read", "agent"),
-        "policy.egress": Need("policies.read", "agent"),
+        "policy.egress": Need("policies.read", "agent", tool=True),
         "policy.outlook": Need("policies.read", "own"),
         "keys.list": Need("keys.read", "team"),
         "keys.show": Need("keys.read", "own"),

@@ -64,7 +64,9 @@ class ServerMethods:
                     "changes": list(changes),
                     "agents": listing,
                     "running": sum(
-                        one.server.name == name for one in self._daemon.calls.servers.live()
+                        one.server.name == name
+                        and caller.principal.reaches(one.session.agent.team, one.session.agent.slug)
+                        for one in self._daemon.calls.servers.live()
                     ),
                 }
             )

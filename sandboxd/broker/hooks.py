@@ -167,6 +167,7 @@ def _notice(event: Event, waiting: Waiting, *, arguments: bool) -> bytes:
         "data": {
             "id": question.id,
             "agent": question.agent,
+            "team": question.team,
             "session": question.session,
             "tool": question.tool,
             "rule": question.rule,

@@ -41,6 +41,19 @@ def add(commands: Commands, name: str, line: str) -> None:
     )
     parser.add_argument("agent", metavar="AGENT", help="the agent's slug")
     parser.lookups["agent"] = "agents"
+    parser = command(
+        nouns,
+        "delete",
+        delete,
+        help="take an agent away, with its sessions and variables",
+        description="Delete an agent whose file belongs to the daemon's own user: its file is kept "
+        "under a name that is not read, the configuration is reloaded, its sessions are stopped "
+        "and its variables removed for good. Where the file belongs to root, remove it yourself "
+        "and reload.",
+        examples=[("sandboxctl agents delete reporter", "and all that is its")],
+    )
+    parser.add_argument("agent", metavar="AGENT", help="the agent's slug")
+    parser.lookups["agent"] = "agents"
 
 
 def list_(args: argparse.Namespace) -> int:
@@ -93,6 +106,23 @@ def show(args: argparse.Namespace) -> int:
             ("network", got["network"]),
             ("lowered", got["lowered"]),
             ("sessions", [_session(session) for session in got["sessions"]]),
+        ]
+    )
+    return 0
+
+
+def delete(args: argparse.Namespace) -> int:
+    with connect(args) as daemon:
+        got = daemon.call("agents.delete", agent=args.agent)
+    if args.json:
+        output.print_json(got)
+        return 0
+    output.fields(
+        [
+            ("deleted", got["slug"]),
+            ("its file", f"kept as agents/{got['kept']}"),
+            ("ended sessions", got["ended_sessions"]),
+            ("removed variables", got["removed_variables"]),
         ]
     )
     return 0

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any
 
-from sandboxd.cli import beside, changes, output, sessions
+from sandboxd.cli import beside, changes, copying, output, sessions
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
 from sandboxd.errors import Invalid
@@ -95,6 +95,7 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="until the session ends")
     parser.add_argument("--raw", action="store_true", help="every byte as it is, on a terminal too")
     beside.add(nouns)
+    copying.add(nouns)
     changes.add(nouns)
 
 

@@ -73,6 +73,7 @@ def status(args: argparse.Namespace) -> int:
             ("config", got["config"]),
             ("state", got["state"]),
             ("runtime", got["runtime"]),
+            ("http", got.get("http") or "not served"),
             ("generation", got["generation"][:12]),
             ("master key", got["key_custody"]),
             ("sessions", got["sessions"]),

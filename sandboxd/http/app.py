@@ -89,14 +89,20 @@ class _Guarded:
         app.middleware_stack = app.build_middleware_stack()
 
 
+def _form(request: Request) -> str:
+    """The path by whose form to answer."""
+    form: str = request.scope["state"].get("form") or request.scope["path"]
+    return form
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return answer(request.url.path, error)
+    return answer(_form(request), error)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, SandboxdError)
-    return answer(request.url.path, refusal_of(error))
+    return answer(_form(request), refusal_of(error))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -104,13 +110,13 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     if any(problem["type"] == "json_invalid" for problem in problems):
-        return answer(request.url.path, Refusal(400, "invalid_json", "the body is not valid JSON"))
+        return answer(_form(request), Refusal(400, "invalid_json", "the body is not valid JSON"))
     found = "; ".join(
         f"{'.'.join(str(step) for step in problem['loc'][1:]) or problem['loc'][0]}: "
         f"{problem['msg'].removeprefix('Value error, ')}"
         for problem in problems[:5]
     )
-    return answer(request.url.path, Refusal(400, "validation_error", found))
+    return answer(_form(request), Refusal(400, "validation_error", found))
 
 
 async def _left(request: Request, error: Exception) -> Response:
@@ -120,7 +126,7 @@ async def _left(request: Request, error: Exception) -> Response:
 async def _unexpected(request: Request, error: Exception) -> Response:
     """The framework raises the error again after this answer, and the server logs where it was."""
     internal = Refusal(500, "internal", "sandboxd failed at this: its log says where")
-    return answer(request.url.path, internal)
+    return answer(_form(request), internal)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -137,7 +143,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         messages.get(status, "the request could not be read"),
         headers,
     )
-    return answer(request.url.path, refusal)
+    return answer(_form(request), refusal)
 
 
 def _methods_of(request: Request) -> list[str]:

@@ -8,6 +8,7 @@ after a colon what to do. No message quotes a key, a token or a value.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,9 @@ from sandboxd.errors import (
     Unavailable,
 )
 
-__all__ = ["STATUSES", "Refusal", "answer", "form", "refusal_of"]
+__all__ = ["STATUSES", "TOKENS", "Refusal", "answer", "form", "form_of_tokens", "refusal_of"]
+
+TOKENS = "/v1/tokens"
 
 #: What each class is in HTTP: status and code.
 STATUSES: Mapping[type[SandboxdError], tuple[int, str]] = {
@@ -85,6 +88,23 @@ def form(path: str, refusal: Refusal) -> dict[str, Any]:
     if path.startswith("/nextjs/"):
         return {"error": refusal.message}
     return {"error": refusal.code, "message": refusal.message, "status": refusal.status}
+
+
+def form_of_tokens(body: bytes | None) -> str:
+    """By which path's form to answer who asked ``/v1/tokens`` with this body.
+
+    @21st-sdk/nextjs asks the path that @21st-sdk/node asks, with the same headers, and reads errors
+    as text. Where both a user and agents are named it names the user first, and the other one the
+    agents; where not, nothing tells them apart, and ``/nextjs`` is for it.
+    """
+    try:
+        names = list(json.loads(body or b"{}"))
+    except (ValueError, TypeError, RecursionError):
+        return TOKENS
+    texts = (
+        "userId" in names and "agents" in names and names.index("userId") < names.index("agents")
+    )
+    return f"/nextjs{TOKENS}" if texts else TOKENS
 
 
 def answer(path: str, refusal: Refusal) -> JSONResponse:

@@ -21,7 +21,7 @@ from fastapi.security import HTTPBearer
 
 from sandboxd.access.roles import Principal
 from sandboxd.errors import SandboxdError, Unauthenticated
-from sandboxd.http.errors import Refusal, answer, refusal_of
+from sandboxd.http.errors import TOKENS, Refusal, answer, form_of_tokens, refusal_of
 from sandboxd.http.rates import Rates
 from sandboxd.http.server import (
     Application,
@@ -43,6 +43,9 @@ GUARDED = ("/v1", "/api/v1", "/nextjs", "/mcp")
 
 #: The largest body of a route that asks for no key.
 OPEN_BODY = 1 << 20
+
+#: What asks for a token is short, and is read before anything else: see form_of_tokens.
+_TOKEN_BODY = 16 << 10
 
 #: Longest bearer that is looked at; a token of ours is well below.
 _MAX_BEARER = 8192
@@ -104,8 +107,12 @@ class Guard:
 
         path = scope["path"]
         try:
+            ahead = None
+            if path == TOKENS and scope["method"] == "POST":
+                ahead = await _body(scope, receive, _TOKEN_BODY)
+                path = scope["state"]["form"] = form_of_tokens(ahead)
             limit = await self._admit(scope)
-            body = await _body(scope, receive, limit)
+            body = await _body(scope, receive, limit) if ahead is None else ahead
             if body is None:
                 return  # the client left
             with self._held(scope):

@@ -1,12 +1,14 @@
-"""The HTTP API's listening socket and certificate, opened before the daemon gives up root.
+"""The HTTP API's listening socket and certificate.
 
-So a port below 1024 and a private key that only root may read need no privilege later. Standard
-library only: no part of the web framework is loaded here.
+A port and a private key are opened before the daemon gives up root, so that a port below 1024 and
+a key that only root may read need no privilege later. Nothing is accepted before. Standard library
+only: no part of the web framework is loaded here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -83,8 +85,13 @@ def _unix(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         _clear(path)
-        listener.bind(os.fspath(path))
-        path.chmod(0o666)
+        # bind(2) takes the mode of the socket's own inode: there is no name to be swapped.
+        os.fchmod(listener.fileno(), 0o666)
+        before = os.umask(0)
+        try:
+            listener.bind(os.fspath(path))
+        finally:
+            os.umask(before)
         listener.listen(_BACKLOG)
     except OSError as failure:
         listener.close()
@@ -103,7 +110,10 @@ def _clear(path: Path) -> None:
         return
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
         probe.setblocking(False)
-        if not stat.S_ISSOCK(found.st_mode) or probe.connect_ex(os.fspath(path)) in (0, 11):
+        if not stat.S_ISSOCK(found.st_mode) or probe.connect_ex(os.fspath(path)) in (
+            0,
+            errno.EAGAIN,
+        ):
             raise Conflict(
                 f"{path} is taken by something else",
                 hint="stop what serves it, or name another path in http.listen",
@@ -112,12 +122,19 @@ def _clear(path: Path) -> None:
 
 
 def _refused(failure: OSError, address: str) -> Conflict | KernelError:
-    if failure.errno == 98:  # EADDRINUSE
+    if failure.errno == errno.EADDRINUSE:
         return Conflict(
             f"another program listens on {address} already",
             hint="stop it, or choose another address: http: {listen: ADDRESS:PORT}",
         )
-    return KernelError("bind", failure.errno or 0, address, hint="http.listen in sandboxd.yaml")
+    hint = "choose another http.listen in sandboxd.yaml"
+    if failure.errno in (errno.EACCES, errno.EPERM):
+        hint += (
+            ": its directory has to be one that the daemon's user may write"
+            if address.startswith("/")
+            else ": a port below 1024 needs CAP_NET_BIND_SERVICE (docs/systemd.md)"
+        )
+    return KernelError("bind", failure.errno or 0, address, hint=hint)
 
 
 def _check_private(key: Path) -> None:

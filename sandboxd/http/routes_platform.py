@@ -150,7 +150,7 @@ def _add_agents(routes: APIRouter, daemon: Daemon) -> None:
         slug = caller.team or "default"
         team = daemon.config.settings.teams.get(Slug(slug))
         return Me(
-            user=Account(displayName=caller.name, email=None),
+            user=Account(displayName=caller.own_name, email=None),
             team=TeamOf(slug=slug, name=team.name if team else slug),
             role=caller.role,
             agents=None if caller.agents is None else sorted(caller.agents),

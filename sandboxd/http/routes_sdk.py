@@ -217,6 +217,8 @@ def _sandboxes(daemon: Daemon) -> APIRouter:
 async def _show(daemon: Daemon, caller: Principal, id: str) -> SandboxDetail:
     row = await perform(daemon, caller, "session.show", {"id": id})
     agent = daemon.config.agents.get(row["agent"])
+    if agent is not None and agent.team != row["team"]:
+        agent = None  # it moved since, and what it is there is not this team's to read
     return SandboxDetail(
         id=row["id"],
         sandboxId=row["id"],

@@ -31,11 +31,10 @@ from sandboxd.broker.calls import Session
 from sandboxd.broker.mcp import tool_server
 from sandboxd.errors import SandboxdError, Unavailable
 from sandboxd.http.server import where
-from sandboxd.policy.explain import agent_named
 from sandboxd.policy.model import Tool, Workspace
 from sandboxd.running import Daemon
 
-__all__ = ["MAX_BODY", "MAX_REQUESTS", "Visit", "Visits"]
+__all__ = ["MAX_BODY", "MAX_REQUESTS", "Visit", "Visits", "idle"]
 
 #: Bytes of one message; as on the session socket.
 MAX_BODY = 4 << 20
@@ -51,6 +50,9 @@ MAX_HANDSHAKES, HANDSHAKE_IDLE, VISIT_IDLE = 32, 600.0, 660.0
 _ENDING = 5.0
 
 _log = logging.getLogger(__name__)
+
+# The SDK's own account of handshakes names their ids, which are their holders' alone.
+logging.getLogger("mcp.server").setLevel(logging.WARNING)
 
 _Key = tuple[str, str, str, str, str]
 
@@ -173,9 +175,9 @@ class Visits:
         if visit.at:
             return daemon.sessions.get(visit.at)
         config = daemon.config
-        agent = agent_named(config, visit.agent)
-        if not visit.principal.reaches(agent.team, agent.slug):  # by a reload a moment ago
-            raise no_agent(agent.slug)
+        agent = config.agents.get(visit.agent)
+        if agent is None or not visit.principal.reaches(agent.team, agent.slug):
+            raise no_agent(visit.agent)  # by a reload a moment ago
         snapshot = await thread(daemon.vault.of(agent.team).snapshot, agent.slug)
         # Without a session there are no files: whatever needs them is denied, and recorded so.
         nowhere = attrs.evolve(agent, workspace=Workspace(mode="none"))
@@ -213,7 +215,7 @@ class Visits:
                     task_status.started()
                     if visit.at:
                         nursery.start_soon(self._end_with, visit)
-                    await _idle(visit)
+                    await idle(visit)
                     visit.reason = "nobody asked anything for a while"
                     visit.scope.cancel()
         except SandboxdError as failure:
@@ -264,7 +266,7 @@ class Visits:
             oldest.scope.cancel()
 
 
-async def _idle(visit: Visit) -> None:
+async def idle(visit: Visit) -> None:
     """Returns once no request was open for VISIT_IDLE seconds."""
     while True:
         left = visit.idle_since + VISIT_IDLE - trio.current_time()

@@ -160,8 +160,8 @@ def check_gateways(gateways: tuple[Gateway, ...], document: Document, problems: 
             place = document.at(("egress", "gateways", at, key))
             problems.add(document.file, place, message, hint)
 
-        if (one.preset is None) == (one.upstream is None):
-            add("preset", "expected exactly one of preset and upstream")
+        if one.preset is None and one.upstream is None:
+            add("preset", "expected a preset or an upstream")
             continue
         if one.port in ports:
             add("port", f"port {one.port} is another gateway's")

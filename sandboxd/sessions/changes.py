@@ -41,7 +41,10 @@ from sandboxd.sessions.helper import ask
 from sandboxd.sessions.landing import CHANGES, KEPT, WORKSPACE
 from sandboxd.sessions.trees import is_empty, remove
 
-__all__ = ["Changes", "Layers"]
+__all__ = ["OVERLAY", "Changes", "Layers"]
+
+#: Where a session's layers are, below its directory.
+OVERLAY = "overlay"
 
 State = Literal["live", "kept", "applied", "discarded", "lost"]
 
@@ -79,6 +82,7 @@ class _View:
 
     workspace: str
     uid: int
+    team: str
     namespace: int = -1
 
 
@@ -103,7 +107,7 @@ class Changes:
             raise Conflict(
                 f"changes are being applied to {workspace} at this moment", hint="try again"
             )
-        view = self._live[session] = _View(str(workspace), uid)  # seen by apply from here on
+        view = self._live[session] = _View(str(workspace), uid, team)  # seen by apply from here on
         layers = self._layers(session)
         try:
             since = await trio.to_thread.run_sync(_make, layers, workspace)
@@ -261,8 +265,10 @@ class Changes:
             if view.workspace == layers.workspace:
                 # "the behavior of the overlay is undefined" (overlayfs.rst, Changes to
                 # underlying filesystems)
+                # Another team's is not to be named to whoever applies this one's.
+                who = other if view.team == layers.team else "a session of another team"
                 raise Conflict(
-                    f"{other} is running on top of the same workspace",
+                    f"{who} is running on top of the same workspace",
                     hint="a workspace can't change below a running overlay: stop that session",
                 )
 
@@ -341,7 +347,7 @@ class Changes:
         return fds[0]
 
     def _layers(self, session: str) -> Path:
-        return self._paths.logs / session / "overlay"
+        return self._paths.logs / session / OVERLAY
 
     def _meta(self, session: str) -> Path:
         return self._paths.logs / session / "overlay.json"

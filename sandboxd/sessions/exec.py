@@ -107,7 +107,7 @@ class Execs:
         self, session: Session, spec: LaunchSpec, stdin: bytes, timeout: float, limit: int, by: str
     ) -> ExecResult:
         # Arguments may hold what nobody meant to keep; the program's name tells enough.
-        who = {"session": session.id, "agent": session.agent.slug, "by": by}
+        who = {**session.about, "by": by}
         program = os.fsdecode(spec.argv[0])
         await self._audit.append(
             "session.exec", **who, program=program, arguments=len(spec.argv) - 1

@@ -171,8 +171,7 @@ class Files:
         told: list[JSON] = [shown(path) for path in paths[:_TOLD_PATHS]]
         await self._audit.append(
             "session.files",
-            session=session.id,
-            agent=session.agent.slug,
+            **session.about,
             by=by,
             op=op,
             paths=told,

@@ -41,9 +41,6 @@ from sandboxd.vault.vault import Snapshot, Vault
 
 __all__ = ["Manager", "Request", "Started"]
 
-#: Detached sessions whose recorded output is kept, each at most twice output.MAX_LOG.
-MAX_LOGS = 100
-
 #: How long a stopped agent has to leave by itself.
 GRACE_SECONDS = 5.0
 
@@ -435,12 +432,7 @@ class Manager:
                         await recorder.changed.wait()
 
     def _prune_logs(self) -> None:
-        """Keep the recorded output of the newest sessions; the disk is not the agents'."""
-        with contextlib.suppress(FileNotFoundError):
-            kept = sorted(self._paths.logs.iterdir(), key=lambda d: d.stat().st_mtime)
-            for directory in kept[:-MAX_LOGS]:
-                if directory.name not in self._live:
-                    shutil.rmtree(directory, ignore_errors=True)
+        self._records.prune(self._paths.logs, self._live)
 
     def _forget(self, session: Session) -> None:
         del self._live[session.id]

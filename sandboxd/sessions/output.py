@@ -11,12 +11,16 @@ import trio
 
 from sandboxd.errors import NotFound
 
-__all__ = ["MAX_LOG", "Recorder", "read_log"]
+__all__ = ["MAX_LOG", "OUTPUT", "Recorder", "read_log"]
 
 _log = logging.getLogger(__name__)
 
 #: A log file of this size becomes ``output.1.log``, so that at most twice as much is kept.
 MAX_LOG = 8 << 20
+
+
+#: What a session's directory holds of its output, oldest first.
+OUTPUT = ("output.1.log", "output.log")
 
 
 class Recorder:
@@ -89,7 +93,7 @@ async def read_log(
         async with recorder.changed:
             if not recorder.begun:
                 await recorder.changed.wait()
-    paths = [p for p in (directory / "output.1.log", directory / "output.log") if p.exists()]
+    paths = [path for name in OUTPUT if (path := directory / name).exists()]
     if not paths and recorder is None:
         raise NotFound(
             "there is no recorded output",

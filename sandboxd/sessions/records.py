@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
+from collections import Counter, OrderedDict
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -13,11 +17,19 @@ import trio
 from sandboxd.audit import AuditLog
 from sandboxd.egress.outlet import Outlet, open_outlet
 from sandboxd.errors import SandboxdError
+from sandboxd.sessions.changes import OVERLAY
+from sandboxd.sessions.output import OUTPUT
 from sandboxd.sessions.session import Ending, Session
 from sandboxd.vault.store import SessionRecord
 from sandboxd.vault.vault import Vault
 
-__all__ = ["Records"]
+__all__ = ["MAX_LOGS", "Records"]
+
+#: Detached sessions of each team whose recorded output is kept, at most twice output.MAX_LOG.
+MAX_LOGS = 100
+
+#: Sessions of which it is known whose they are; of older ones hardly anything is kept.
+_KNOWN = 10_000
 
 
 class Records:
@@ -26,12 +38,14 @@ class Records:
     def __init__(self, vault: Vault, audit: AuditLog) -> None:
         self._vault, self._audit = vault, audit
         self._unwritten: list[SessionRecord] = []
+        #: Whose the sessions are, as far as their output is still kept.
+        self._teams: OrderedDict[str, str] = OrderedDict()
 
     async def started(self, session: Session) -> None:
         """Note that it starts. Raises StoreError when that can't be recorded."""
         await self._audit.append(
             "session.started",
-            **_about(session),
+            **session.about,
             policy=session.policy.name,
             by=session.by,
             **_rests_on(session),
@@ -46,7 +60,7 @@ class Records:
     def outlet(self, session: Session) -> AbstractContextManager[Outlet]:
         """The way out of a session's sandbox, whose connections are recorded here too."""
         terms, snapshot = session.terms.egress, session.snapshot
-        return open_outlet(terms, _about(session), self._audit.append, self._vault, snapshot)
+        return open_outlet(terms, session.about, self._audit.append, self._vault, snapshot)
 
     async def ended(self, session: Session) -> None:
         """Note how it ended, cancelled or not. Raises StoreError when that can't be recorded."""
@@ -56,7 +70,7 @@ class Records:
             try:
                 await self._audit.append(
                     "session.ended",
-                    **_about(session),
+                    **session.about,
                     exit_code=ending.code,
                     signal=ending.signal,
                     reason=ending.reason,
@@ -68,6 +82,7 @@ class Records:
     async def keep(self, session: Session, state: str) -> None:
         """Write its row, and those that could not be written before."""
         record = _record_of(session, state)
+        self._know(session.id, session.team)
         try:
             await trio.to_thread.run_sync(self._vault.put_session, record)
             while self._unwritten:  # what a full disk kept from being written
@@ -80,7 +95,10 @@ class Records:
 
     async def close_leftovers(self) -> list[str]:
         """Close the rows that a crash left open; returns the ids of the sessions."""
-        leftover = await trio.to_thread.run_sync(partial(self._vault.sessions, include_ended=False))
+        records = await trio.to_thread.run_sync(partial(self._vault.sessions, include_ended=True))
+        for record in records:
+            self._know(record.id, record.team)
+        leftover = [record for record in records if record.state != "ended"]
         for record in leftover:
             reason = "the daemon died"
             await self._audit.append(
@@ -93,6 +111,46 @@ class Records:
             ended = dataclasses.replace(record, state="ended", ended_at=time.time(), reason=reason)
             await trio.to_thread.run_sync(self._vault.put_session, ended)
         return [record.id for record in leftover]
+
+    def prune(self, logs: Path, live: Collection[str]) -> None:
+        """Keep what the newest sessions of each team printed: the disk is not the agents'.
+
+        One team's sessions don't push out another's. Changes that nobody reviewed yet stay,
+        however old their session is.
+        """
+        seen: Counter[str] = Counter()
+        for directory in sorted(_directories(logs), key=_age):
+            team = self._teams.get(directory.name, "")
+            seen[team] += 1
+            if seen[team] > MAX_LOGS and directory.name not in live:
+                _let_go(directory)
+
+    def _know(self, id: str, team: str) -> None:
+        self._teams[id] = team
+        while len(self._teams) > _KNOWN:
+            self._teams.popitem(last=False)
+
+
+def _directories(logs: Path) -> list[Path]:
+    try:
+        return list(logs.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _age(directory: Path) -> float:
+    try:
+        return -directory.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _let_go(directory: Path) -> None:
+    if not (directory / OVERLAY).is_dir():
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    for name in OUTPUT:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _record_of(session: Session, state: str) -> SessionRecord:
@@ -115,10 +173,6 @@ def _record_of(session: Session, state: str) -> SessionRecord:
         token=session.token,
         subject=session.subject,
     )
-
-
-def _about(session: Session) -> dict[str, Any]:
-    return {"session": session.id, "agent": session.agent.slug, "team": session.team}
 
 
 def _rests_on(session: Session) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class Session:
         return self.agent.team
 
     @property
+    def about(self) -> dict[str, str]:
+        """Whom a record of this session concerns."""
+        return {"session": self.id, "agent": self.agent.slug, "team": self.team}
+
+    @property
     def ends_at(self) -> float | None:
         """When its lifetime is over."""
         return None if self.lifetime is None else self.started_at + self.lifetime

@@ -23,10 +23,13 @@ LINES = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: c
 
 @contextmanager
 def answering(
-    answer: bytes, tls: ssl.SSLContext | None = None
+    answer: bytes, tls: ssl.SSLContext | None = None, at: Path | None = None
 ) -> Iterator[tuple[int, list[bytes]]]:
     """Somebody's server: it reads one request whole and sends ``answer``. Its port, what it got."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    if at is None:
+        listener = socket.create_server(("127.0.0.1", 0))
+    else:
+        listener = socket.create_server(str(at), family=socket.AF_UNIX)
     got: list[bytes] = []
 
     def serve() -> None:
@@ -47,7 +50,7 @@ def answering(
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        yield listener.getsockname()[1], got
+        yield 0 if at else listener.getsockname()[1], got
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
@@ -55,15 +58,21 @@ def answering(
 
 
 def _request(peer: socket.socket) -> bytes:
+    def more() -> bytes:
+        found = peer.recv(65536)
+        if not found:
+            raise ConnectionError("it left")
+        return found
+
     data = b""
     while b"\r\n\r\n" not in data:
-        data += peer.recv(65536)
+        data += more()
     head, _, body = data.partition(b"\r\n\r\n")
     (length,) = [
         int(h[16:]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length:")
     ]
     while len(body) < length:
-        body += peer.recv(65536)
+        body += more()
     return head + b"\r\n\r\n" + body
 
 
@@ -81,6 +90,17 @@ def test_a_request_carries_key_parameters_and_what_it_takes() -> None:
     assert f"\r\nAuthorization: Bearer {KEY}\r\n".encode() in head + b"\r\n"
     assert b"\r\nAccept: application/x-ndjson" in head
     assert body.strip() == b'{"agent":"a"}'
+
+
+def test_a_server_can_be_at_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "http.sock"
+    with answering(LINES + b'{"result":1}\n', at=path) as (_, got):
+        with RemoteClient(Server(f"unix:{path}"), Secret(KEY)) as client:
+            assert client.call("status") == 1
+        assert b"\r\nHost: localhost\r\n" in got[0]
+    with RemoteClient(Server(f"unix:{path}"), Secret(KEY)) as client:
+        with pytest.raises(Unavailable, match=f"no sandboxd answers at unix:{path}"):
+            client.call("status")
 
 
 def test_a_stream_comes_item_by_item() -> None:

@@ -55,6 +55,12 @@ def test_a_live_session_that_keeps_the_old_value_is_named(daemon: Ctl) -> None:
     kept = daemon("env", "set", "sh", "LIVE=the-new-value")
     assert f"live sessions that keep the old value: {id}" in kept.stdout
     assert "--now" in kept.stderr
+    revoked = daemon("env", "revoke", "sh", "LIVE")
+    assert revoked.stdout == (
+        "older values are revoked: 1 live session had one; 0 tool calls ended\n"
+    )
+    assert daemon.json("env", "revoke", "sh", "LIVE")["sessions"] == []
+    assert "no variable 'NOT_THERE'" in daemon("env", "revoke", "sh", "NOT_THERE", status=3).stderr
     taken = daemon("env", "set", "--now", "sh", "LIVE=the-newer-value")
     assert "in force now" in taken.stdout
     assert id not in taken.stdout

@@ -108,10 +108,11 @@ def test_the_token_handler_of_nextjs_works(serving: RealDaemon, sdk: str) -> Non
     relay = f"{serving.url}/nextjs"
     saw = seen(sdk, "nextjs_client.mjs", RELAY_URL=relay, API_KEY=key)
     assert set(saw["exchanged"]) == {"token", "expiresAt"}
-    assert saw["handled"]["status"] == 200
+    assert saw["handled"]["status"] == saw["sharedGood"]["status"] == 200
     assert saw["handled"]["body"]["token"].count(".") == 2
     for case, text in {
         "nobody": "no agent 'nobody'",
+        "shared": "no agent 'nobody'",
         "wrong": "the API key or token is not valid",
         "soon": "expiresIn",
     }.items():

@@ -12,8 +12,13 @@ from real_daemon import RealDaemon, directories
 TEAMS = "teams:\n  red: {name: Red}\n  blue: {name: Blue}\n  empty: {name: Nobody yet}\n"
 
 PUBLISH = """\
-input: {type: object, properties: {to: {type: string}}, required: [to], additionalProperties: false}
+input:
+  type: object
+  properties: {to: {type: string}, text: {type: string}}
+  required: [to]
+  additionalProperties: false
 argv: ["{to}"]
+stdin: json
 secrets: [{variable: TOKEN}]
 """
 

@@ -112,8 +112,8 @@ def test_every_tab_when_there_is_much_to_see(
     window.check("keys")
     page.get_by_role("link", name="Deactivate operator of red").click()
     window.check("deactivate")
-    tricky = "production"
-    with calling(daemon, session, to=tricky):
+    text = "Report \u202egnp.exe for \u0430dmin, \u0141ukasz " + "and paying customers " * 40
+    with calling(daemon, session, to="production", text=text):
         window.go("Sessions")
         page.wait_for_selector(".spark polyline", state="attached")  # flat, so "hidden"
         window.check("sessions")
@@ -141,6 +141,8 @@ def test_every_tab_when_there_is_much_to_see(
     window.check("audit")
     page.get_by_role("button", name="Sign out").click()
     page.get_by_text("You are signed out.").wait_for()
+    page.go_back()
+    page.get_by_label("API key", exact=True).wait_for()  # not the page from before
 
 
 @pytest.mark.parametrize("look", LOOKS)

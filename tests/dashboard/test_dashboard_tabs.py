@@ -17,6 +17,10 @@ SECRET = "correct-horse-battery-staple-1729"
 OTHER = "another-value-of-some-length-2718"
 
 
+#: An agent's words that want to be read wrongly, and to be more than text.
+TRICK = "</li><script>alert(1)</script>\u202egnp.exe\u200b \u0430dmin " + "x" * 500
+
+
 @pytest.fixture
 def waiting(daemon: RealDaemon, session: str) -> Iterator[dict[str, Any]]:
     """A call that waits for an operator, made in the session."""
@@ -24,7 +28,8 @@ def waiting(daemon: RealDaemon, session: str) -> Iterator[dict[str, Any]]:
 
     def call() -> None:
         with daemon.client() as client:
-            sent = {"tool": "publish", "arguments": {"to": "production"}, "session": session}
+            arguments = {"to": "production", "text": TRICK}
+            sent = {"tool": "publish", "arguments": arguments, "session": session}
             result["items"] = list(client.stream("tools.run", **sent))
 
     thread = threading.Thread(target=call)
@@ -106,12 +111,12 @@ def test_live_sessions_keep_the_old_value_until_it_is_revoked(
     owner.post("/environment/writer/set", name="TOKEN", value=OTHER)
     page = told(owner.read("/environment/writer"))
     assert "1 live session keeps the old value until it ends." in page
-    assert "1 session on an older one" in page
+    assert "older in 1 live session" in page
     got = owner.post("/environment/writer/revoke/TOKEN")
     assert got.status_code == 303
     page = told(owner.read("/environment/writer"))
     assert "Live sessions lost the old value of TOKEN." in page
-    assert "on an older one" not in page
+    assert "older in" not in page
     with daemon.client() as client:
         sent = {"tool": "publish", "arguments": {"to": "paper"}, "session": session}
         last = list(client.stream("tools.run", **sent))[-1]["ended"]
@@ -207,7 +212,11 @@ def test_a_session_is_seen_and_stopped(daemon: RealDaemon, owner: Pages, session
     assert "TOKEN version" in page
     got = owner.post(f"/sessions/{session}/stop", at_once="on")
     assert got.status_code == 303
-    assert f"Session {session} has ended." in told(owner.read("/sessions"))
+    page = owner.read("/sessions")
+    assert f"Session {session} has ended." in told(page)
+    assert session in page.partition('id="ended-list"')[2]
+    assert session in owner.read("/sessions/ended")
+    assert session not in owner.read("/sessions/live")
     assert "stopped by owner of red" in told(owner.read(f"/sessions/{session}"))
     assert owner.post(f"/sessions/{session}/stop").status_code == 404
 
@@ -225,6 +234,13 @@ def test_a_waiting_call_is_shown_and_approved(
     assert waiting["digest"] in page
     assert "customers see it" in page
     assert html.escape('"to": "production"') in page.replace("&#34;", "&quot;")
+    assert "<script>alert" not in page
+    assert "\u202e" not in page
+    assert "\u200b" not in page
+    shown = html.unescape(page)
+    assert "\\u202egnp.exe\\u200b \\u0430dmin xxx" in shown
+    assert "characters left out>" in shown
+    assert "x" * 500 in owner.read(f"/calls/waiting/{waiting['id']}?full=1")
     wrong = owner.post(f"/calls/waiting/{waiting['id']}", answer="approve", digest="0" * 64)
     assert wrong.status_code == 409
     none = owner.post(f"/calls/waiting/{waiting['id']}", answer="approve")
@@ -296,3 +312,18 @@ def test_the_audit_tab_shows_the_teams_records_and_the_logs_state(
     got = owner.post("/audit/verify")
     assert "whole Every record is as it was written" in told(got.text)
     daemon.call("env.remove", agent="reader", names=["AUDITED"])
+
+
+def test_a_page_that_shows_the_newest_records_is_sent_none_again(
+    daemon: RealDaemon, owner: Pages
+) -> None:
+    found = re.search(r'hx-get="(/audit/live[?]since=[0-9]+)"', owner.read("/audit"))
+    assert found is not None
+    assert owner.get(found[1], **{"x-live": "1"}).status_code == 204
+    daemon.set("spy", SPYS=OTHER)
+    assert owner.get(found[1], **{"x-live": "1"}).status_code == 204
+    daemon.set("reader", NEWS=OTHER)
+    got = owner.get(found[1], **{"x-live": "1"})
+    assert got.status_code == 200
+    assert "NEWS" in got.text
+    daemon.call("env.remove", agent="reader", names=["NEWS"])

@@ -35,9 +35,9 @@ def test_it_serves_tls_with_a_key_that_only_root_reads(certificate: tuple[str, s
             httpx2.get(f"{daemon.url.replace('https', 'http')}/healthz")
 
 
-def test_it_serves_a_unix_socket_and_takes_it_away_when_it_can() -> None:
+def test_it_serves_a_unix_socket_and_takes_it_away() -> None:
     with directories() as daemon:
-        path = daemon.base / "http.sock"
+        path = daemon.paths.runtime / "http.sock"
         daemon.http(f"listen: unix:{path}")
         daemon.start()
         assert stat.S_IMODE(path.stat().st_mode) == 0o666
@@ -45,8 +45,13 @@ def test_it_serves_a_unix_socket_and_takes_it_away_when_it_can() -> None:
         with httpx2.Client(transport=transport, base_url="http://localhost") as client:
             assert client.get("/healthz").json() == {"status": "ok"}
             assert client.get("/api/v1/me").status_code == 401
+        assert daemon.process is not None
+        daemon.process.kill()
+        daemon.process.wait()
+        assert path.exists()
+        daemon.start()  # a socket of its last life is not in the way
         assert daemon.stop() == 0
-        daemon.start()  # also where a socket of its last life is in the way
+        assert not path.exists()
 
 
 def test_a_reload_leaves_the_address_and_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -136,7 +137,7 @@ def test_agents_are_listed_and_shown(cli: CommandLine) -> None:
         cli.agent("foreign")
     with pytest.raises(RuntimeError, match="no agent 'nobody'"):
         cli.agent("nobody")
-    with pytest.raises(RuntimeError, match="is not an agent"):
+    with pytest.raises(RuntimeError, match="is not a slug"):
         cli.agent("Nobody..")
 
 
@@ -208,7 +209,11 @@ def test_a_deleted_agent_is_gone_with_all_that_is_its() -> None:
             (kept,) = folder.glob("second.yaml.deleted-*")
             events = [r for r in daemon.audit() if r["event"] == "agent.deleted"]
             assert [(r["agent"], r["kept"]) for r in events] == [("second", kept.name)]
+            done = daemon.ctl("agents", "delete", "second")
+            assert (done.returncode, done.stdout) == (3, "")
             kept.rename(folder / "second.yaml")
             daemon.call("reload")
             assert cli.env_list("second") == []
             assert daemon.call("session.show", id=id)["reason"].startswith("its agent was deleted")
+            done = daemon.ctl("agents", "delete", "second", "--json")
+            assert (done.returncode, json.loads(done.stdout)["slug"]) == (0, "second")

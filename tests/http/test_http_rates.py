@@ -82,7 +82,7 @@ def test_one_key_does_not_get_more_than_its_share() -> None:
 
 def assert_too_large(client: httpx2.Client) -> None:
     for body in ({"content": b"x" * 1025}, {"content": iter([b"x" * 600, b"x" * 600])}):
-        got = client.post("/v1/tokens", **body)  # type: ignore[arg-type]
+        got = client.post("/v1/sandboxes", **body)  # type: ignore[arg-type]
         assert got.status_code == 413
         assert got.json()["error"]["message"] == "a request's body may have 1,024 bytes here"
 

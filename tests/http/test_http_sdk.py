@@ -140,7 +140,7 @@ def test_a_sandbox_ends_when_its_time_is_over(client: httpx2.Client) -> None:
     [
         ({"agent": "nobody"}, 404, "not_found", "no agent 'nobody'"),
         ({"agent": "foreign"}, 404, "not_found", "no agent 'foreign'"),
-        ({"agent": "../x"}, 400, "validation_error", "is not an agent"),
+        ({"agent": "../x"}, 400, "validation_error", "is not a slug"),
         ({"envs": {"LD_PRELOAD": "x"}}, 403, "forbidden", "LD_PRELOAD"),
         ({"envs": {"lower case": "x"}}, 400, "validation_error", "variable"),
         ({"files": {"../../etc/passwd": "x"}}, 400, "validation_error", "neither"),
@@ -242,6 +242,23 @@ def test_the_token_exchange_for_next_says_errors_as_text(
     assert got.status_code == 404
     assert got.json()["error"].startswith("no agent 'nobody'")
     assert client.post("/nextjs/v1/tokens", json={"expiresIn": "1h"}).status_code == 201
+
+
+def test_who_names_the_user_first_reads_errors_as_text(
+    daemon: RealDaemon, client: httpx2.Client
+) -> None:
+    """As @21st-sdk/nextjs does, at the path that it shares with @21st-sdk/node."""
+    next_, node = {"userId": "u", "agents": ["nobody"]}, {"agents": ["nobody"], "userId": "u"}
+    assert client.post("/v1/tokens", json=next_).json()["error"].startswith("no agent 'nobody'")
+    refused(client.post("/v1/tokens", json=node), 404, "not_found", "no agent 'nobody'")
+    with client_of(daemon, "an_sk_" + "0" * 64) as wrong:
+        text = "the API key or token is not valid"
+        got = wrong.post("/v1/tokens", json=next_)
+        assert (got.status_code, got.json()) == (401, {"error": text})
+        refused(wrong.post("/v1/tokens", json=node), 401, "invalid_api_key", text)
+        for body in (b"", b"[", b"[" * 9000, b"7", b'"userId"'):
+            refused(wrong.post("/v1/tokens", content=body), 401, "invalid_api_key", text)
+        assert wrong.post("/v1/tokens", content=b"x" * 20_000).status_code == 413
 
 
 def test_the_keys_that_verify_tokens_are_published(client: httpx2.Client) -> None:

@@ -93,6 +93,8 @@ class Ask:
     pages: Pages
     page: Page
     request: Request
+    #: What the tabs keep for all pages.
+    shared: dict[str, Any]
     form: Form = field(default_factory=Form)
 
     @property
@@ -157,6 +159,7 @@ class Tabs:
     def __init__(self, daemon: Daemon, pages: Pages) -> None:
         self.router = APIRouter()
         self._daemon, self._pages = daemon, pages
+        self._shared: dict[str, Any] = {}
 
     def get(self, path: str) -> Callable[[Handler], Handler]:
         return self._add(path, "GET")
@@ -201,7 +204,7 @@ class Tabs:
         return _sign_in_first(request)
 
     async def _serve(self, request: Request, page: Page, handler: Handler) -> Response:
-        ask = Ask(self._daemon, self._pages, page, request)
+        ask = Ask(self._daemon, self._pages, page, request, self._shared)
         if not room_for_one_more(page):
             busy = Unavailable("this page has too many requests under way", hint="wait a moment")
             return _problem(ask, busy, 429)

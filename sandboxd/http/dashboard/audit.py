@@ -28,6 +28,11 @@ async def list_(ask: Ask) -> Response:
 
 
 async def live(ask: Ask) -> Response:
+    """The newest records; no content where there is none that the page does not show already."""
+    since = ask.query("since")
+    known = int(since[:15]) if since.isascii() and since.isdigit() else None
+    if known is not None and not await ask.items("audit.tail", since=known):
+        return Response(status_code=204)
     return ask.html("_audit.html", **await _listed(ask))
 
 
@@ -38,6 +43,7 @@ async def verify(ask: Ask) -> Response:
 async def _listed(ask: Ask) -> dict[str, Any]:
     words, event, before = ask.query("search"), ask.query("event"), ask.query("before")
     records = await ask.items("audit.tail", n=_SEARCHED if words or event or before else _SHOWN)
+    newest = max((record["seq"] for record in records), default=0)
     events = sorted({str(r.get("event", "")).partition(".")[0] for r in records})
     if event:
         records = [r for r in records if str(r.get("event", "")).partition(".")[0] == event]
@@ -54,6 +60,7 @@ async def _listed(ask: Ask) -> dict[str, Any]:
         "events": events,
         "chosen": chosen,
         "query": urlencode({k: v for k, v in chosen.items() if v}),
+        "newest": newest,
         "before": before,
         "older": rows[-1]["seq"] if rows and older else None,
     }

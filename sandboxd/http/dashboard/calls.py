@@ -10,7 +10,7 @@ from starlette.responses import Response
 from sandboxd import visible
 from sandboxd.errors import Conflict, Invalid, NotFound
 from sandboxd.http.dashboard.asking import Ask, Tabs
-from sandboxd.http.dashboard.feed import OUTCOMES, RECORDS, calls_of, rows_of
+from sandboxd.http.dashboard.feed import OUTCOMES, calls_of, records_of, rows_of
 
 __all__ = ["add"]
 
@@ -54,7 +54,7 @@ async def _listed(ask: Ask) -> dict[str, Any]:
 async def show(ask: Ask) -> Response:
     """Every record of one call."""
     id = ask.request.path_params["id"]
-    records = [r for r in await ask.items("audit.tail", n=RECORDS) if r.get("call") == id]
+    records = [record for record in await records_of(ask) if record.get("call") == id]
     rows = rows_of(records)
     if not rows:
         raise NotFound("no such call among the newest", hint="older ones: sandboxctl audit tail")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from typing import Any
 
 from sandboxd.http.dashboard.asking import Ask
 
-__all__ = ["OUTCOMES", "calls_of", "rows_of"]
+__all__ = ["OUTCOMES", "calls_of", "records_of", "rows_of"]
 
-#: How many records are read for a list of calls, and how many calls it shows.
+#: How many records are kept for a list of calls, and how many calls it shows.
 RECORDS, SHOWN = 2000, 100
+
+#: Different views of the log (a team, and agents of it) whose newest records are kept.
+_VIEWS = 8
 
 #: What a list can be narrowed to.
 OUTCOMES = {
@@ -26,16 +30,44 @@ async def calls_of(
     ask: Ask, *, session: str = "", agent: str = "", tool: str = "", outcome: str = ""
 ) -> list[dict[str, Any]]:
     """The newest calls that fit, newest first."""
-    records = await ask.items("audit.tail", n=RECORDS)
     found = [
         row
-        for row in rows_of(records)
+        for row in rows_of(await records_of(ask))
         if (not session or row["session"] == session)
         and (not agent or row["agent"] == agent)
         and (not tool or tool.lower() in row["tool"].lower())
         and (not outcome or row["kind"] == outcome)
     ]
     return found[:SHOWN]
+
+
+async def records_of(ask: Ask) -> list[dict[str, Any]]:
+    """The newest records about calls that the page may see, the oldest first.
+
+    They are kept, so that a page that asks every other second costs what is new and no search.
+    """
+    views: OrderedDict[Any, tuple[int, deque[dict[str, Any]]]] = ask.shared.setdefault(
+        "views of the log", OrderedDict()
+    )
+    ask.need("audit.read")  # what is kept was read for others
+    view = (ask.principal.team, ask.principal.agents)
+    seen, kept = views.pop(view, (-1, deque[dict[str, Any]](maxlen=RECORDS)))
+    newest = ask.daemon.audit.newest
+    if seen < 0:
+        fresh = await ask.items("audit.tail", n=RECORDS)
+    else:
+        fresh = await ask.items("audit.tail", since=seen) if newest > seen else []
+    for record in fresh:
+        seen = max(seen, record["seq"])
+        if "call" in record or record["event"] == "session.ended":
+            kept.append({key: value for key, value in record.items() if key not in _UNUSED})
+    views[view] = (max(seen, newest), kept)
+    while len(views) > _VIEWS:
+        views.popitem(last=False)
+    return list(kept)
+
+
+_UNUSED = frozenset({"prev", "mac"})
 
 
 def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

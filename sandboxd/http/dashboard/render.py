@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from sandboxd import visible
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["STATIC", "asset", "content", "count", "digest", "render", "sparkline"]
 
@@ -69,6 +70,8 @@ def sparkline(values: Sequence[float], *, least_top: float) -> str:
 
 @cache
 def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # with the first page
+
     environment = Environment(
         loader=PackageLoader("sandboxd.http.dashboard"),
         autoescape=True,

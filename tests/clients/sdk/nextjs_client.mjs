@@ -21,4 +21,8 @@ const wrong = createTokenHandler({ apiKey: "an_sk_" + "0".repeat(64), relayUrl }
 saw.wrong = await answered(wrong, {})
 const soon = createTokenHandler({ apiKey, relayUrl, expiresIn: "soon" })
 saw.soon = await answered(soon, { userId: "u-3" })
+// At the other client's path: told apart where both an agent and a user are named.
+const shared = createTokenHandler({ apiKey, relayUrl: relayUrl.replace("/nextjs", "") })
+saw.shared = await answered(shared, { agent: "nobody", userId: "u-4" })
+saw.sharedGood = await answered(shared, { agent: "worker" })
 console.log(JSON.stringify(saw))
