@@ -117,7 +117,7 @@ RIGHTS: tuple[Layer, ...] = (
         "landlock(7), ABI 4",
         one(
             "landlock.py",
-            "net = _NET_BIND_AND_CONNECT if abi >= 4 and not tcp else 0",
+            "net = _NET_BIND_AND_CONNECT if abi >= 4 and ports is not None else 0",
             "net = 0",
         ),
         ("network",),
