@@ -81,7 +81,10 @@ def test_a_value_arrives_as_it_was_typed(daemon: RealDaemon, owner: Pages) -> No
         r["name"]: r["fingerprint"] for r in daemon.call("env.list", agent="reader")["variables"]
     }
     assert both["KEY_FILE"] == both["KEY_TWO"]
-    daemon.call("env.remove", agent="reader", names=["KEY_FILE", "KEY_TWO"])
+    owner.post("/environment/reader/set", name="PASTED", value=SECRET + "\r\n")
+    sizes = {r["name"]: r["size"] for r in daemon.call("env.list", agent="reader")["variables"]}
+    assert sizes["PASTED"] == len(SECRET)
+    daemon.call("env.remove", agent="reader", names=["KEY_FILE", "KEY_TWO", "PASTED"])
 
 
 @pytest.mark.parametrize(
