@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Session:
     started_at: float = field(default_factory=time.time)
     #: The mount namespace that holds the copy-on-write view of the workspace; -1: there is none.
     overlay: int = -1
+    #: The session's own broker socket, listening.
+    listener: socket.socket | None = None
     process: Process | None = None
     #: Work on behalf of the session while it runs; cancelled, and waited for, when it ends.
     tasks: trio.Nursery | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +281,25 @@ def test_names_are_completed_over_http(operator: Remote, tmp_path: Path) -> None
             check=True,
         )
         assert shell.stdout.split() == ["hello"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_request_that_the_document_shows_works(operator: Remote, tmp_path: Path) -> None:
+    document = (PROJECT / "docs/remote.md").read_text()
+    (shown,) = [block for block in re.findall(r"```sh\n(.*?)```", document, re.DOTALL)
+                if block.startswith("curl")]  # fmt: skip
+    (tmp_path / "ann.key").write_text(operator.key)
+    command = shown.replace("http://127.0.0.1:7621", operator.daemon.url)
+    assert command != shown
+    done = subprocess.run(
+        ["sh", "-c", command.replace("reporter", "hello")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert [row["name"] for row in json.loads(done.stdout)["variables"]] == ["TOKEN"]
 
 
 def test_the_certificate_of_a_server_is_checked() -> None:
