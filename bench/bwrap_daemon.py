@@ -76,7 +76,7 @@ class Bubblewrap:
         stdout: int,
         stderr: int,
         extra: Sequence[int] = (),
-        meanwhile: Callable[[], None],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Process:
         if spec.user != "tool":
             return await self._real.launch(

@@ -30,7 +30,7 @@ from sandboxd.audit import AuditLog
 from sandboxd.broker.approvals import Approvals
 from sandboxd.broker.calls import Bounds, Calls
 from sandboxd.broker.hooks import Hooks
-from sandboxd.broker.socket import serve_session_socket
+from sandboxd.broker.socket import bind_session_socket, serve_session_socket
 from sandboxd.errors import SandboxdError, Unauthenticated, Unavailable
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.uids import UidPool
@@ -157,7 +157,11 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         try:
             async with daemon.calls.servers.attached(session):
                 await serve_session_socket(
-                    session.socket, session, daemon.calls, task_status=task_status
+                    session.socket,
+                    session,
+                    daemon.calls,
+                    listener=session.listener,
+                    task_status=task_status,
                 )
         finally:
             with trio.move_on_after(_ENDING, shield=True):
@@ -172,6 +176,7 @@ async def _compose(daemon: Daemon, nursery: trio.Nursery) -> None:
         launcher=launcher,
         uids=uids,
         serve=serve,
+        bind=bind_session_socket,
         bridge=files("sandboxd.broker").joinpath("bridge.py").read_bytes(),
         nursery=nursery,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from sandboxd.access.control import Access
+from sandboxd.access.denials import Denials
 from sandboxd.access.pages import Pages
 from sandboxd.audit import AuditLog
 from sandboxd.broker.calls import Calls
@@ -82,6 +83,8 @@ class Daemon:
     pages: Pages = field(default_factory=Pages)
     #: What operators can ask of it, each method behind its permission and team.
     methods: Mapping[str, Method] = field(init=False)
+    #: What was refused to whom lately.
+    denials: Denials = field(default_factory=Denials)
     #: Servers whose manifest names definitions that they were asked about already.
     asked: set[tuple[str, str, str]] = field(default_factory=set)
     _reloading: trio.Lock = field(default_factory=trio.Lock)

@@ -233,9 +233,14 @@ async def test_noted_records_share_the_sync_of_the_next_one(log: AuditLog, syncs
         log.note("x")
     assert log.last == 0
     assert [r["seq"] for r in log.tail(5)] == [1, 2, 3]  # on their way
+    assert [r["seq"] for r in log.tail(5, after=1)] == [2, 3]
     assert await log.append("y") == 4
     assert (syncs.count, log.last) == (1, 4)
     assert [r["seq"] for r in log.tail(3)] == [2, 3, 4]
+    log.note("z")
+    assert [r["seq"] for r in log.tail(9, after=3)] == [4, 5]
+    assert log.tail(9, after=5) == log.tail(9, after=7) == []
+    await log.settle()
 
 
 async def test_a_started_record_is_written_while_its_maker_does_something_else(

@@ -226,9 +226,9 @@ class Access:
             return self._current(presented)
         return self._keys.find(named, self.keys(by))
 
-    def made_by(self, key: ApiKey) -> list[ApiKey]:
-        """Keys that this one made and that still work: they don't end with it."""
-        made = [one for one in self._keys if one.created_by == key.name]
+    def made_by(self, key: ApiKey, by: Principal) -> list[ApiKey]:
+        """Keys in reach that this one made and that still work: they don't end with it."""
+        made = [one for one in self.keys(by) if one.created_by == key.name]
         return [one for one in made if self.state(one) == "active"]
 
     def state(self, key: ApiKey) -> str:
@@ -348,7 +348,15 @@ class Access:
         return await self._revoke(team, "token", checked_jti(jti), by)
 
     async def revoke_user(self, subject: str, *, team: str, by: Principal) -> list[str]:
-        """Refuse every token made so far for one of the application's users, as revoke_token."""
+        """Refuse every token made so far for one of the application's users, as revoke_token.
+
+        Denied for a key of some agents: tokens of other agents would end as well.
+        """
+        if by.agents is not None:
+            raise Denied(
+                "a key for some agents can't revoke all tokens of a user",
+                hint="revoke them by their ids, or use a key for the whole team",
+            )
         return await self._revoke(team, "user", checked_subject(subject), by)
 
     def read_token(self, text: str, by: Principal) -> tuple[str, str] | None:

@@ -45,10 +45,10 @@ class KeyMethods:
         keys = await self._daemon.access.list_keys(caller.principal, team)
         if not params.get("all", True):
             keys = [key for key in keys if self._daemon.access.state(key) == "active"]
-        return Reply({"keys": [self._row(key) for key in keys]})
+        return Reply({"keys": [self._row(key, caller.principal) for key in keys]})
 
     async def show(self, caller: Caller, params: dict[str, Any]) -> Reply:
-        return Reply(self._row(self._key(caller.principal, params)))
+        return Reply(self._row(self._key(caller.principal, params), caller.principal))
 
     async def create(self, caller: Caller, params: dict[str, Any]) -> Reply:
         key, secret = await self._daemon.access.create_key(
@@ -59,14 +59,13 @@ class KeyMethods:
             lifetime=_seconds(params, "expires_in"),
             by=caller.principal,
         )
-        return Reply({"key": self._row(key), "secret": secret.reveal().decode()})
+        return Reply({"key": self._row(key, caller.principal), "secret": secret.reveal().decode()})
 
     async def deactivate(self, caller: Caller, params: dict[str, Any]) -> Reply:
         access, key = self._daemon.access, self._key(caller.principal, params)
         sessions = await access.deactivate(key.id, by=caller.principal)
-        return Reply(
-            {"key": self._row(access.find(key.id, caller.principal)), "ended_sessions": sessions}
-        )
+        ended = access.find(key.id, caller.principal)
+        return Reply({"key": self._row(ended, caller.principal), "ended_sessions": sessions})
 
     async def rotate(self, caller: Caller, params: dict[str, Any]) -> Reply:
         access, old = self._daemon.access, self._key(caller.principal, params)
@@ -80,9 +79,9 @@ class KeyMethods:
         )
         return Reply(
             {
-                "key": self._row(key),
+                "key": self._row(key, caller.principal),
                 "secret": secret.reveal().decode(),
-                "replaced": self._row(access.find(old.id, caller.principal)),
+                "replaced": self._row(access.find(old.id, caller.principal), caller.principal),
                 "ended_sessions": sessions,
             }
         )
@@ -136,7 +135,7 @@ class KeyMethods:
     def _key(self, by: Principal, params: dict[str, Any]) -> ApiKey:
         return self._daemon.access.find(param(params, "key", str), by)
 
-    def _row(self, key: ApiKey) -> dict[str, Any]:
+    def _row(self, key: ApiKey, by: Principal) -> dict[str, Any]:
         return {
             "id": key.id,
             "prefix": key.prefix,
@@ -152,7 +151,7 @@ class KeyMethods:
             "deactivated_at": iso(key.deactivated_at),
             "deactivated_by": key.deactivated_by or None,
             "replaces": key.replaces or None,
-            "made_keys": [one.id for one in self._daemon.access.made_by(key)],
+            "made_keys": [one.id for one in self._daemon.access.made_by(key, by)],
             "sessions": [one.id for one in self._daemon.sessions.live if one.key == key.id],
         }
 

@@ -162,7 +162,7 @@ class Methods:
             recent = partial(recent, where=sees, having=f'"team":"{principal.team}"'.encode())
         if params.get("since") is not None:
             since = bounded(params, "since", 0, least=0, most=1 << 53)
-            recent = partial(audit.tail, max(0, min(seen - since, 100_000)))
+            recent = partial(audit.tail, 100_000, after=since)
         records = await thread(recent)
         while True:
             for record in records:
@@ -172,7 +172,7 @@ class Methods:
             if not params.get("follow"):
                 return
             await trio.sleep(0.2)
-            fresh = await thread(audit.tail, audit.newest - seen)
+            fresh = await thread(partial(audit.tail, 100_000, after=seen))
             records = [record for record in fresh if record["seq"] > seen]
 
     async def audit_verify(self, caller: Caller, params: dict[str, Any]) -> Reply:

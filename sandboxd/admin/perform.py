@@ -121,14 +121,17 @@ async def _checked(
     """The parameters that the method gets. Denied, NotFound or Invalid when it gets none."""
     principal = caller.principal
     if not principal.may(need.permission) or (need.scope == "host" and principal.team is not None):
-        await daemon.audit.append(
-            "admin.denied",
-            by=principal.name,
-            method=name,
-            role=principal.role,
-            team=principal.team,
-            key=principal.key,
-        )
+        left_out = daemon.denials.note(principal.key or principal.name, trio.current_time())
+        if left_out is not None:
+            await daemon.audit.append(
+                "admin.denied",
+                by=principal.name,
+                method=name,
+                role=principal.role,
+                team=principal.team,
+                key=principal.key,
+                **({"left_out": left_out} if left_out else {}),
+            )
         raise _denied(principal, name, need.permission)
     if principal.team is not None:
         _check_team(principal, params)

@@ -211,19 +211,23 @@ class AuditLog:
         self,
         n: int,
         *,
+        after: int = -1,
         where: Callable[[Mapping[str, Any]], bool] | None = None,
         having: bytes = b"",
     ) -> list[dict[str, Any]]:
         """The last ``n`` records, oldest first, those that are on their way to the disk included.
 
-        With ``where`` those of them for which it is true; then it looks back :data:`_SEARCHED`
-        bytes at most. ``having`` is text that each such record's line contains: others are not
-        even parsed. Any thread may call it. Raises StoreError.
+        With ``after`` only those behind the record of that number, which are counted when the log
+        is read. With ``where`` those of them for which it is true; then it looks back
+        :data:`_SEARCHED` bytes at most. ``having`` is text that each such record's line contains:
+        others are not even parsed. Any thread may call it. Raises StoreError.
         """
         waiting = list(self._waiting)  # looked at first: what leaves it is in the file by then
         durable = self._durable
         start, end = durable.size, max(0, durable.size - _SEARCHED) if where is not None else 0
         found: list[dict[str, Any]] = []
+        if after >= 0:
+            n = min(n, max(durable.seq, waiting[-1][0] if waiting else 0) - after)
 
         def look(lines: Iterable[bytes]) -> None:
             for line in lines:

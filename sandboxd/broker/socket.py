@@ -27,7 +27,15 @@ from sandboxd.broker.mcp import refuse_connection, serve_connection
 from sandboxd.errors import Denied, Invalid
 from sandboxd.paths import MAX_SOCKET_PATH
 
-__all__ = ["CheckPeer", "Peer", "Session", "check_descent", "peer_of", "serve_session_socket"]
+__all__ = [
+    "CheckPeer",
+    "Peer",
+    "Session",
+    "bind_session_socket",
+    "check_descent",
+    "peer_of",
+    "serve_session_socket",
+]
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +74,19 @@ async def serve_session_socket(
     session: Session,
     calls: Calls,
     *,
+    listener: socket.socket | None = None,
     check_peer: CheckPeer | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Listen on ``path`` and serve MCP to the session's processes until cancelled.
+    """Serve MCP to the session's processes on ``path`` until cancelled.
+
+    ``listener`` is the socket there if it was made before, by :func:`bind_session_socket`.
 
     ``check_peer`` raises Denied for a peer that does not belong to the session; by default that is
     any process of another user, or one that does not descend from the session's init. Raises
     Invalid for a path that is too long or taken.
     """
-    with _listener(path) as listener:
+    with _listening(path, listener or bind_session_socket(path)) as listening:
         async with trio.open_nursery() as nursery:
             open_now: set[trio.SocketStream] = set()
 
@@ -84,7 +95,7 @@ async def serve_session_socket(
                     await _serve_one(stream, session, calls, check_peer, open_now)
 
             task_status.started()
-            await trio.serve_listeners(serve, [listener], handler_nursery=nursery)
+            await trio.serve_listeners(serve, [listening], handler_nursery=nursery)
 
 
 async def _serve_one(
@@ -214,9 +225,8 @@ def _parent(pid: int) -> int:
     return 0
 
 
-@contextmanager
-def _listener(path: Path) -> Iterator[trio.SocketListener]:
-    """A listener at ``path``. Leaving removes the path if it is still this socket's."""
+def bind_session_socket(path: Path) -> socket.socket:
+    """A listening socket at ``path``. Invalid for a path that is too long or taken."""
     length = len(os.fsencode(path))
     if length > MAX_SOCKET_PATH:
         raise Invalid(
@@ -224,16 +234,25 @@ def _listener(path: Path) -> Iterator[trio.SocketListener]:
             f"{MAX_SOCKET_PATH} (unix(7))",
             hint="choose a shorter runtime directory",
         )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            sock.bind(os.fspath(path))
-        except OSError as error:
-            raise Invalid(f"cannot listen on {path}: {error.strerror}") from None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(os.fspath(path))
+        # Any user: the directory above keeps others out, and the sandbox has only this file.
+        path.chmod(0o666)
+        sock.listen(_MAX_CONNECTIONS)
+    except OSError as error:
+        sock.close()
+        raise Invalid(f"cannot listen on {path}: {error.strerror}") from None
+    return sock
+
+
+@contextmanager
+def _listening(path: Path, sock: socket.socket) -> Iterator[trio.SocketListener]:
+    """A listener on ``sock``. Leaving closes it, and removes the path if it is still its own."""
+    with sock:
         made = path.stat()
         try:
-            # Any user: the directory above keeps others out, and the sandbox has only this file.
-            path.chmod(0o666)
-            sock.listen(_MAX_CONNECTIONS)
+            sock.setblocking(False)
             yield trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         finally:
             _remove(path, made)

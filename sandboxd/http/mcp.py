@@ -8,6 +8,7 @@ decided where it is for every other route (:mod:`sandboxd.admin.perform`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from starlette.routing import Route
 from sandboxd.access.roles import Principal
 from sandboxd.admin.perform import perform
 from sandboxd.broker.jsonrpc import Refused, error_reply, parse
+from sandboxd.errors import Unavailable
 from sandboxd.http.errors import Refusal
 from sandboxd.http.server import Message, Receive, Scope, Send
 from sandboxd.http.visits import MAX_BODY, MAX_REQUESTS, Visit, Visits
@@ -91,8 +93,20 @@ class _Endpoint:
             answer = Response(reply, status, media_type="application/json")
             await answer(scope, receive, send)
             return
-        with visit.request():
-            await _exchange(visit, message, body, scope, receive, send)
+        begun = False
+
+        async def sent(answer: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(answer)
+
+        try:
+            with visit.request():
+                await _exchange(visit, message, body, scope, receive, sent)
+        except Unavailable:
+            if not begun:
+                raise
+            # A stream that ended early can only be cut off, and is.
 
     async def _place(self, principal: Principal, scope: Scope) -> dict[str, str]:
         """Whole names of the agent and, where one is named, of the live session of it."""
@@ -232,7 +246,8 @@ async def _tell(visit: Visit, verb: str, handshake: str, body: bytes, scope: Sco
     headers = [(name, value) for name, value in scope["headers"] if name not in replaced]
     headers.append((b"mcp-session-id", handshake.encode("latin-1")))
     asked = {**scope, "method": verb, "headers": headers, "state": dict(scope["state"])}
-    await visit.manager.handle_request(asked, _replayed(body, nothing_more), nobody)
+    with contextlib.suppress(RuntimeError):  # it ended with its visit, and needs no telling
+        await visit.manager.handle_request(asked, _replayed(body, nothing_more), nobody)
 
 
 def _handshake(scope: Scope) -> str:

@@ -51,6 +51,9 @@ _ENDING = 5.0
 
 _log = logging.getLogger(__name__)
 
+# The SDK's own account of handshakes names their ids, which are their holders' alone.
+logging.getLogger("mcp.server").setLevel(logging.WARNING)
+
 _Key = tuple[str, str, str, str, str]
 
 

@@ -8,13 +8,14 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 
 import trio
 
-from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
+from sandboxd.errors import Conflict, Invalid, KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.inside import Orders
 from sandboxd.isolation.pool import Key, Pool, Template
 from sandboxd.isolation.reports import Exit, descriptors_in, exit_of, failure_of, gone, pid_of
@@ -53,7 +54,8 @@ class Process:
         self.pid = 0
         self.pidfd = -1
         self.exit: Exit | None = None
-        #: Where further programs can be asked for, if the spec said so.
+        #: Where its program, if it waits for that, and further ones are asked for.
+        self.first: Orders | None = None
         self.orders: Orders | None = None
         self._launcher, self._number = launcher, number
         self._template: Template | None = None
@@ -70,6 +72,38 @@ class Process:
         if self.exit is None:
             raise self._failure or Unavailable("the launcher is gone")
         return self.exit
+
+    async def begin(self, spec: LaunchSpec, *, stdin: int, stdout: int, stderr: int) -> None:
+        """Run the program of ``spec`` in a sandbox that waits for it; returns once it runs.
+
+        argv, environment, cwd and limits of it count. Raises KernelError naming what failed
+        (``chdir``, ``execve``), and Conflict when the sandbox has ended or has its program.
+        """
+        first, self.first = self.first, None
+        if first is None:
+            raise Conflict("this sandbox waits for no program")
+        try:
+            await first.send(replace(spec, mounts=(), files=()), (stdin, stdout, stderr))
+            with trio.fail_after(_STARTING_LIMIT):
+                await first.answer()
+        except trio.TooSlowError:
+            raise Unavailable(f"the program did not start in {_STARTING_LIMIT:.0f} s") from None
+        finally:
+            first.close()
+
+    def _open(self, spec: LaunchSpec) -> Iterator[int]:
+        """The other ends of the sockets into the sandbox, which go with its launch."""
+        if spec.waits:
+            self.first = Orders()
+            yield self.first.theirs.fileno()
+        if spec.further:
+            self.orders = Orders()
+            yield self.orders.theirs.fileno()
+
+    def _passed_on(self) -> None:
+        for orders in (self.first, self.orders):
+            if orders is not None:
+                orders.theirs.close()
 
     async def signal(self, signum: int) -> None:
         """Send a signal to the program. SIGKILL ends the whole tree.
@@ -134,7 +168,7 @@ class Launcher:
         extra: Sequence[int] = (),
         meanwhile: Callable[[], None] = _nothing,
     ) -> Process:
-        """Start a sandbox; returns once its program runs, or has ended already.
+        """Start a sandbox; returns once its program runs, has ended already, or waits to be told.
 
         ``meanwhile`` is called once the order is given, while it is carried out; again where it
         has to be given again.
@@ -161,9 +195,7 @@ class Launcher:
             fds = (memfd, *streams)
             async with self._starting:
                 process = self._new_process(spec)
-                if spec.further:
-                    process.orders = Orders()
-                    fds = (*fds, process.orders.theirs.fileno())
+                fds = (*fds, *process._open(spec))
                 try:
                     await self.send(
                         Frame(
@@ -174,8 +206,7 @@ class Launcher:
                 except BaseException:
                     self._finish(process)
                     raise
-                if process.orders is not None:
-                    process.orders.theirs.close()
+                process._passed_on()
                 await self._await_start(process, meanwhile)
                 return process
         finally:
@@ -354,8 +385,9 @@ class Launcher:
         if process.pidfd >= 0:
             os.close(process.pidfd)
             process.pidfd = -1
-        if process.orders is not None:
-            process.orders.close()
+        for orders in (process.first, process.orders):
+            if orders is not None:
+                orders.close()
         process._started.set()
         process._ended.set()
 

@@ -16,7 +16,6 @@ Standard library only.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import fcntl
@@ -29,8 +28,8 @@ from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel
-from sandboxd.isolation.program import SIGNALS, forget, read_spec, setup_failed, spawn
-from sandboxd.isolation.wire import FRAME, MAX_FDS, Frame, Kind, failed
+from sandboxd.isolation.program import SIGNALS, receive, setup_failed, start
+from sandboxd.isolation.wire import Frame, Kind, failed
 
 __all__ = ["Orders", "from_kernel"]
 
@@ -61,7 +60,7 @@ class Orders:
         """Act on all that has come; after each SIGIO of the kernel's."""
         while self._sock.fileno() >= 0:
             try:
-                frame, fds = _receive(self._sock)
+                frame, fds = receive(self._sock)
             except BlockingIOError:
                 return
             except OSError:
@@ -85,17 +84,10 @@ def _supervise(number: int, memfd: int, talk: int, streams: list[int]) -> NoRetu
     """Start the program of the spec in ``memfd`` and see to its end."""
     try:
         kernel.adopt_orphans()
-        spec = read_spec(memfd)
-        kernel.close_all_but([talk, *streams])
+        kernel.close_all_but([talk, memfd, *streams])
         _notify(talk)
-        try:
-            os.chdir(spec.cwd)
-        except OSError as failure:
-            raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
-        program = spawn(spec, streams)
-        forget(spec)
+        program = start(number, memfd, streams)
         kernel.close_all_but([talk])
-        os.chdir("/")
         _send(talk, Frame(Kind.STARTED, number))
         _see_to_its_end(number, program, socket.socket(fileno=talk))
     except SandboxdError as failure:
@@ -128,7 +120,7 @@ def _listen(talk: socket.socket, program: int) -> bool:
     """Pass signals on; False when the tree is to end."""
     while True:
         try:
-            frame, _ = _receive(talk)
+            frame, _ = receive(talk)
         except BlockingIOError:
             return True
         except OSError:
@@ -211,22 +203,6 @@ def _notify(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
-
-
-def _receive(sock: socket.socket) -> tuple[Frame | None, list[int]]:
-    """What came; (None, []) at the end. ValueError never: what is no frame is None."""
-    fds = array.array("i")
-    room = socket.CMSG_SPACE(MAX_FDS * fds.itemsize)
-    data, ancillary, _, _ = sock.recvmsg(FRAME.size, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    if not data:
-        return None, list(fds)
-    try:
-        return Frame.unpack(data), list(fds)
-    except ValueError:
-        return None, list(fds)
 
 
 def _send(talk: int, frame: Frame) -> None:

@@ -36,9 +36,9 @@ _ENDING_LIMIT = 10.0
 
 
 class Orders:
-    """The broker's end of the socket to a sandbox's init, on which further programs are asked for.
+    """The broker's end of a socket into a sandbox, on which programs are asked for.
 
-    Used from the moment that the sandbox's program runs.
+    Used from the moment that the sandbox is there. ``theirs`` goes with its launch.
     """
 
     def __init__(self) -> None:
@@ -46,9 +46,14 @@ class Orders:
         self._sock.setblocking(False)
         self._numbers = 0
 
-    async def send(self, spec: bytes, fds: Sequence[int]) -> None:
+    async def send(self, spec: LaunchSpec, fds: Sequence[int]) -> None:
+        """Ask for the program of ``spec``, with these descriptors. Conflict when it has ended."""
+        check_spec(spec, search=True)
+        data = encode_spec(spec)
+        if len(data) > MAX_SPEC:
+            raise failure_of(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
         self._numbers += 1
-        memfd = sealed_memfd(spec)
+        memfd = sealed_memfd(data)
         try:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", (memfd, *fds)))]
             while True:
@@ -65,6 +70,19 @@ class Orders:
             raise KernelError("sendmsg", failure.errno or 0, "launch frame") from None
         finally:
             os.close(memfd)
+
+    async def answer(self) -> None:
+        """Until the one who was asked has become the program; the SandboxdError that kept it."""
+        while True:
+            try:
+                data = self._sock.recv(FRAME.size)
+                break
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+            except OSError:
+                raise _ended() from None
+        if data:
+            raise failure_of(Frame.unpack(data))
 
     def close(self) -> None:
         self.theirs.close()
@@ -131,18 +149,14 @@ async def open_further(
     sandbox along. Raises Conflict when the sandbox has ended or takes no further programs, and
     KernelError naming what failed (``chdir``, ``execve``, ``fork``).
     """
-    check_spec(spec, search=True)
     orders = process.orders
     if orders is None:
         raise Conflict("this sandbox takes no further programs")
-    data = encode_spec(spec)
-    if len(data) > MAX_SPEC:
-        raise failure_of(Frame(Kind.FAILED, 0, errno.E2BIG, text=f"execve\t{spec.id}"))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with trio.socket.from_stdlib_socket(ours) as talk:
         further = Further(talk)
         with theirs:
-            await orders.send(data, (theirs.fileno(), stdin, stdout, stderr))
+            await orders.send(spec, (theirs.fileno(), stdin, stdout, stderr))
         try:
             try:
                 with trio.fail_after(_STARTING_LIMIT):

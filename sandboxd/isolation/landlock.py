@@ -25,7 +25,7 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import LaunchSpec
 
-__all__ = ["SINCE", "Place", "best_abi", "places", "restrict"]
+__all__ = ["SINCE", "Place", "best_abi", "enforce", "places", "restrict", "ruleset"]
 
 #: What each version of the kernel's Landlock can restrict that the one before couldn't.
 SINCE = {
@@ -97,34 +97,55 @@ def places(spec: LaunchSpec, system: Iterable[str]) -> Iterator[Place]:
 def restrict(
     abi: int, allowed: Iterable[Place], streams: Sequence[int], *, ports: Iterable[int] | None
 ) -> None:
-    """Restrict this process, and all that it will start, for good.
+    """Restrict this process, and all that it will start, by a ruleset that is made here."""
+    rules = ruleset(abi, allowed, streams, ports=ports)
+    if rules >= 0:
+        enforce(abi, rules)
+
+
+def ruleset(
+    abi: int, allowed: Iterable[Place], streams: Sequence[int], *, ports: Iterable[int] | None
+) -> int:
+    """A descriptor of what will be allowed, for :func:`enforce`; -1 without Landlock.
 
     ``streams`` are descriptors that the program gets; what they are open for it may open again
     (``/dev/stderr``). Of TCP, what remains is to connect to ``ports``; None leaves TCP alone.
-    Needs no_new_privs. Raises KernelError.
+    Raises KernelError.
     """
     if abi < 1:
-        return
+        return -1
     handled = _rights_of(abi)
     net = _NET_BIND_AND_CONNECT if abi >= 4 and ports is not None else 0
     scoped = _SCOPE_ABSTRACT_SOCKETS_AND_SIGNALS if abi >= 6 else 0
     # Older kernels know the first members alone (struct landlock_ruleset_attr).
     size = 8 if abi < 4 else 16 if abi < 6 else 24
     attributes = struct.pack("=QQQ", handled, net, scoped)[:size]
-    ruleset = _libc.syscall(_CREATE_RULESET, attributes, size, 0)
-    if ruleset < 0:
+    rules: int = _libc.syscall(_CREATE_RULESET, attributes, size, 0)
+    if rules < 0:
         raise KernelError("landlock_create_ruleset", ctypes.get_errno())
     try:
-        _allow(ruleset, "/", _READ)
+        _allow(rules, "/", _READ)
         for place in allowed:
             rights = (_WRITE if place.write else 0) | (_EXECUTE if place.execute else 0)
             if place.devices:
                 rights |= _WRITE_FILE | _IOCTL_DEV
-            _allow(ruleset, place.path, rights & handled, optional=place.optional)
+            _allow(rules, place.path, rights & handled, optional=place.optional)
         for stream in streams:
-            _allow_again(ruleset, stream, handled)
+            _allow_again(rules, stream, handled)
         for port in set(ports or ()) if net else ():
-            _allow_connect(ruleset, port)
+            _allow_connect(rules, port)
+    except BaseException:
+        os.close(rules)
+        raise
+    return rules
+
+
+def enforce(abi: int, ruleset: int) -> None:
+    """Restrict this process, and all that it will start, for good; closes ``ruleset``.
+
+    Needs no_new_privs. Raises KernelError.
+    """
+    try:
         # A program's own nested domains can't fill the host's audit log.
         flags = _LOG_SUBDOMAINS_OFF if abi >= 7 else 0
         if _libc.syscall(_RESTRICT_SELF, ruleset, flags) < 0:

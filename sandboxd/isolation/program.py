@@ -7,21 +7,25 @@ Standard library only.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
 import os
 import resource
 import signal
+import socket
 import termios
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from sandboxd.errors import KernelError
+from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.root import check_pin
 from sandboxd.isolation.wire import (
     FIRST_HIGH_FD,
+    FRAME,
+    MAX_FDS,
     MAX_SPEC,
     UNPINNED,
     Frame,
@@ -29,6 +33,7 @@ from sandboxd.isolation.wire import (
     LaunchSpec,
     Limits,
     decode_spec,
+    failed,
 )
 
 __all__ = [
@@ -37,9 +42,11 @@ __all__ = [
     "forget",
     "limit",
     "open_program",
+    "program_to_be",
     "read_spec",
+    "receive",
     "setup_failed",
-    "spawn",
+    "start",
 ]
 
 #: How to open a file that is only looked at or executed.
@@ -69,8 +76,11 @@ def forget(spec: LaunchSpec) -> None:
         kernel.wipe(secret)
 
 
-def spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
-    """Fork and execve(2) the program; its pid once it runs, KernelError if it can't."""
+def start(number: int, memfd: int, streams: Sequence[int]) -> int:
+    """Fork and execve(2) the program of the spec in ``memfd``; its pid once it runs.
+
+    This process never reads the spec, and so holds nothing of it. Raises KernelError.
+    """
     result, done = os.pipe2(os.O_CLOEXEC)
     try:
         pid = os.fork()
@@ -79,22 +89,74 @@ def spawn(spec: LaunchSpec, streams: Sequence[int]) -> int:
         os.close(done)
         raise KernelError("fork", failure.errno or 0) from None
     if pid == 0:
-        # Above every target number, so that placing the streams does not overwrite it.
-        done = fcntl.fcntl(done, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
-        try:
-            _exec(spec, streams, done)
-        except (OSError, KernelError) as failure:
-            os.write(done, (failure.errno or errno.EINVAL).to_bytes(4, "big"))
-        except BaseException:
-            os.write(done, errno.EINVAL.to_bytes(4, "big"))
-        os._exit(127)
+        _become(number, memfd, streams, done)
     os.close(done)
-    failed = os.read(result, 4)
+    told = os.read(result, FRAME.size)
     os.close(result)
-    if failed:
+    if told:
         os.waitpid(pid, 0)
-        raise KernelError("execve", int.from_bytes(failed, "big"), os.fsdecode(spec.argv[0]))
+        refused = Frame.unpack(told)
+        call, _, path = refused.text.partition("\t")
+        raise KernelError(call, refused.a, path)
     return pid
+
+
+def program_to_be(told: int) -> int:
+    """Fork a process that waits on the socket ``told`` for its launch, and then executes it.
+
+    A frame brings the spec, of which argv, environment, cwd and limits count, and the streams. What
+    keeps it from running goes back as a FAILED frame; nothing does when it runs, and the socket
+    closes. Where that closes first, it ends.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            kernel.close_all_but([told])
+            sock = socket.socket(fileno=told)
+            frame, fds = receive(sock)
+            if frame is not None and fds:
+                _become(frame.number, fds[0], fds[1:], sock.detach())
+        finally:
+            os._exit(127)
+    return pid
+
+
+def _become(number: int, memfd: int, streams: Sequence[int], back: int) -> NoReturn:
+    """Execute the program of a spec. What keeps it from that is written to ``back``."""
+    try:
+        # Above every target number, so that placing the streams does not overwrite it.
+        back = fcntl.fcntl(back, fcntl.F_DUPFD_CLOEXEC, FIRST_HIGH_FD)
+        spec = read_spec(memfd)
+        try:
+            os.chdir(spec.cwd)
+        except OSError as failure:
+            raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
+        try:
+            _exec(spec, streams, back)
+        except (OSError, KernelError) as failure:
+            name = os.fsdecode(spec.argv[0])
+            raise KernelError("execve", failure.errno or errno.EINVAL, name) from None
+    except SandboxdError as failure:
+        problem = failed(number, failure)
+    except BaseException as failure:  # the last words of this process: nobody else can say them
+        problem = setup_failed(number, failure)
+    with contextlib.suppress(OSError):
+        os.write(back, problem.pack())
+    os._exit(127)
+
+
+def receive(sock: socket.socket) -> tuple[Frame | None, list[int]]:
+    """A frame and its descriptors; None instead of a frame at the end, and for what is none."""
+    fds = array.array("i")
+    room = socket.CMSG_SPACE(MAX_FDS * fds.itemsize)
+    data, ancillary, _, _ = sock.recvmsg(FRAME.size, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    try:
+        return Frame.unpack(data), list(fds)
+    except ValueError:
+        return None, list(fds)
 
 
 def _exec(spec: LaunchSpec, streams: Sequence[int], done: int) -> NoReturn:

@@ -6,9 +6,10 @@ import os
 import stat
 from collections.abc import Sequence
 
-from sandboxd.isolation.wire import FIRST_HIGH_FD, MAX_FDS, LaunchSpec
+from sandboxd.isolation.root import system_paths
+from sandboxd.isolation.wire import FIRST_HIGH_FD, MAX_FDS, LaunchSpec, lasting_part
 
-__all__ = ["template_key", "template_suits"]
+__all__ = ["spare_key", "template_key", "template_suits"]
 
 #: Below these a template, under the same limits as its calls, had no room for itself.
 _LEAST_MEMORY = 48 << 20
@@ -33,6 +34,7 @@ def template_suits(spec: LaunchSpec, streams: Sequence[int] = ()) -> bool:
         spec.tty
         or spec.overlay is not None
         or spec.brings_namespace
+        or spec.waits
         or spec.further
         or spec.listeners
         or 0 < limits.memory < _LEAST_MEMORY
@@ -71,6 +73,16 @@ def template_key(spec: LaunchSpec, lasting: bytes) -> object:
     ``lasting`` is the encoded part of the same name.
     """
     return lasting, *(_identity(mount.source) for mount in spec.mounts)
+
+
+def spare_key(spec: LaunchSpec) -> object:
+    """Equal for launches that may take place in the same sandbox that waits for its program.
+
+    The contents of ``spec.files`` aren't compared. The system's own files are: a package manager
+    replaces some of them.
+    """
+    system = (_identity(path) for path in system_paths())
+    return (template_key(spec, lasting_part(spec)), *system)
 
 
 def _identity(path: str) -> tuple[int, int]:

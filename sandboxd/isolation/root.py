@@ -20,7 +20,15 @@ from sandboxd.errors import KernelError
 from sandboxd.isolation import kernel
 from sandboxd.isolation.wire import UNPINNED, LaunchSpec, MountSpec, Pin
 
-__all__ = ["READONLY", "Root", "check_pin", "mount_point", "private_places", "system_layout"]
+__all__ = [
+    "READONLY",
+    "Root",
+    "check_pin",
+    "mount_point",
+    "private_places",
+    "system_layout",
+    "system_paths",
+]
 
 #: Programs and libraries. A host path that is a symbolic link (/bin -> usr/bin on merged-/usr
 #: systems) is copied as a link.
@@ -399,6 +407,11 @@ def system_layout() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     links = tuple((path, os.readlink(path)) for path in _SYSTEM if os.path.islink(path))
     directories = (path for path in _SYSTEM if os.path.isdir(path) and not os.path.islink(path))
     return tuple(directories), links
+
+
+def system_paths() -> tuple[str, ...]:
+    """What of the host every sandbox shows."""
+    return _SYSTEM + _ETC
 
 
 @functools.cache

@@ -11,18 +11,29 @@ Standard library only.
 
 from __future__ import annotations
 
+import array
+import errno
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from sandboxd.errors import KernelError, SandboxdError
 from sandboxd.isolation import clocks, kernel, landlock, listeners, overlay, seccomp
 from sandboxd.isolation.further import Orders, from_kernel
-from sandboxd.isolation.program import OURS, SIGNALS, forget, read_spec, setup_failed, spawn
+from sandboxd.isolation.program import (
+    OURS,
+    SIGNALS,
+    forget,
+    program_to_be,
+    read_spec,
+    setup_failed,
+    start,
+)
 from sandboxd.isolation.root import Root, system_layout
-from sandboxd.isolation.wire import Frame, Kind, LaunchSpec, failed
+from sandboxd.isolation.wire import Frame, Kind, LaunchSpec, Outline, failed, outline
 
 __all__ = [
     "INSIDE_ID",
@@ -72,21 +83,25 @@ def enter(
         kernel.set_dumpable(False)
         if join is not None:
             join()
-        spec = read_spec(fds[0])
-        kernel.close_all_but([report, *fds[1:]])
-        streams, orders = fds[1:], None
-        if spec.further:
-            *streams, last = streams
-            orders = Orders(last)
-        if spec.overlay is not None:  # no program: what it makes is all that is wanted
-            overlay.make(spec, spec.overlay, streams[0], privileged=privileged)
-            _send(report, Frame(Kind.STARTED, number))
-            _send(report, Frame(Kind.EXITED, number))
-            os._exit(0)
-        program = _start(spec, streams, privileged=privileged)
-        forget(spec)
+        kernel.close_all_but([report, *fds])
+        sketch = outline(fds[0])
+        if sketch.overlay:  # no program: what it makes is all that is wanted
+            _make_view(number, fds, report, privileged=privileged)
+        memfd, *streams = fds
+        orders = Orders(streams.pop()) if sketch.further else None
+        first = streams.pop() if sketch.waits else -1
+        uid = sketch.uid if privileged else os.geteuid()
+        _leave(host_network=sketch.host_network)
+        sysctl, rules = _have_it_built(
+            number, memfd, streams, sketch, report, uid, privileged=privileged
+        )
+        _become_user(uid, sysctl, privileged=privileged)
+        _confine(rules)
+        del streams[len(streams) - sketch.namespace - sketch.listeners :]
+        kept = [report, *([orders.fd] if orders else [])]
+        program = program_to_be(first) if sketch.waits else start(number, memfd, streams)
         _send(report, Frame(Kind.STARTED, number))
-        kernel.close_all_but([report, *([orders.fd] if orders else [])])
+        kernel.close_all_but(kept)
         _be_init(number, program, report, orders)
     except SandboxdError as failure:
         _send(report, failed(number, failure))
@@ -95,47 +110,115 @@ def enter(
     os._exit(125)
 
 
-def _start(spec: LaunchSpec, streams: Sequence[int], *, privileged: bool) -> int:
-    """Build the sandbox around this process and start the program in it. Returns its pid."""
-    namespace = outlet = -1
-    if spec.listeners:
-        *streams, outlet = streams
-    if spec.brings_namespace:
-        *streams, namespace = streams
-    build(spec, privileged=privileged, namespace=namespace, outlet=outlet)
-    restrict(spec, streams)
-    try:
-        os.chdir(spec.cwd)
-    except OSError as failure:
-        raise KernelError("chdir", failure.errno or 0, spec.cwd) from None
-    return spawn(spec, streams)
+def _make_view(number: int, fds: Sequence[int], report: int, *, privileged: bool) -> NoReturn:
+    spec = read_spec(fds[0])
+    assert spec.overlay is not None
+    overlay.make(spec, spec.overlay, fds[1], privileged=privileged)
+    _send(report, Frame(Kind.STARTED, number))
+    _send(report, Frame(Kind.EXITED, number))
+    os._exit(0)
 
 
-def build(
-    spec: LaunchSpec,
+def _have_it_built(
+    number: int,
+    memfd: int,
+    streams: Sequence[int],
+    sketch: Outline,
+    report: int,
+    uid: int,
     *,
     privileged: bool,
-    namespace: int = -1,
-    outlet: int = -1,
-    kind: type[Root] = Root,
-) -> Root:
+) -> tuple[int, int]:
+    """Have a child build the root directory, and move into it.
+
+    Reading a spec and building by it takes far more memory than waiting for a program's end, which
+    the init does as long as the sandbox lives. The child's goes with it. It shares the namespaces,
+    and pivot_root(2) moves every process that is at the old root.
+
+    Returns /proc/sys as a writable descriptor, and that of a Landlock ruleset or -1. Exits when
+    the child failed, which has told then.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        _build_for(number, theirs, memfd, streams, sketch, report, uid, privileged=privileged)
+    theirs.close()
+    there, got, _, _ = ours.recvmsg(64, socket.CMSG_SPACE(8), socket.MSG_CMSG_CLOEXEC)
+    os.waitpid(pid, 0)
+    ours.close()
+    if not there:
+        os._exit(125)
+    now = os.stat("/")
+    if there != b"%d %d" % (now.st_dev, now.st_ino):
+        raise KernelError("pivot_root", errno.EXDEV, "/")  # somewhere else than its builder
+    fds = array.array("i", got[0][2] if got else b"")
+    if len(fds) != (2 if landlock.best_abi() else 1):
+        raise KernelError("recvmsg", errno.EMFILE, "sandbox")
+    return fds[0], fds[1] if len(fds) > 1 else -1
+
+
+def _build_for(
+    number: int,
+    init: socket.socket,
+    memfd: int,
+    streams: Sequence[int],
+    sketch: Outline,
+    report: int,
+    uid: int,
+    *,
+    privileged: bool,
+) -> NoReturn:
+    namespace = outlet = -1
+    if sketch.listeners:
+        *streams, outlet = streams
+    if sketch.namespace:
+        *streams, namespace = streams
+    try:
+        spec = read_spec(memfd)
+        root = Root(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
+        sysctl = _furnish(root, outlet)
+        rules = landlock.ruleset(landlock.best_abi(), _allowed(spec), streams, ports=_ports(spec))
+        forget(spec)
+        now = os.stat("/")
+        fds = array.array("i", [sysctl, rules] if rules >= 0 else [sysctl])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
+        init.sendmsg([b"%d %d" % (now.st_dev, now.st_ino)], rights)
+        os._exit(0)
+    except SandboxdError as failure:
+        _send(report, failed(number, failure))
+    except BaseException as failure:
+        _send(report, setup_failed(number, failure))
+    os._exit(125)
+
+
+def build(spec: LaunchSpec, *, privileged: bool, kind: type[Root] = Root) -> Root:
     """Put this process into namespaces and a root of its own, and make an ordinary user of it.
 
-    The spec's listeners go out by ``outlet``. Capabilities are left in the innermost user
-    namespace, which owns none of the others.
+    Capabilities are left in the innermost user namespace, which owns none of the others.
     """
     uid = spec.uid if privileged else os.geteuid()
-    network = 0 if spec.network == "host" else kernel.CLONE_NEWNET
-    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
-    if spec.listeners:
-        listeners.provide(spec.listeners, outlet)
-    kernel.sethostname(spec.hostname)
-    kernel.join_new_keyring()
-    root = kind(spec, uid, inside_id=INSIDE_ID, privileged=privileged, namespace=namespace)
-    sysctl = root.build()
-    root.pivot()
+    _leave(host_network=spec.network == "host")
+    root = kind(spec, uid, inside_id=INSIDE_ID, privileged=privileged)
+    sysctl = _furnish(root)
     _become_user(uid, sysctl, privileged=privileged)
     return root
+
+
+def _leave(*, host_network: bool) -> None:
+    """Leave the shared namespaces and the session keyring."""
+    network = 0 if host_network else kernel.CLONE_NEWNET
+    kernel.unshare(_NAMESPACES & ~kernel.CLONE_NEWNET | network)
+    kernel.join_new_keyring()
+
+
+def _furnish(root: Root, outlet: int = -1) -> int:
+    """Name the host, pass listeners out, build the root and move there. Returns /proc/sys."""
+    if root.spec.listeners:
+        listeners.provide(root.spec.listeners, outlet)
+    kernel.sethostname(root.spec.hostname)
+    sysctl = root.build()
+    root.pivot()
+    return sysctl
 
 
 def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
@@ -144,11 +227,26 @@ def restrict(spec: LaunchSpec, streams: Sequence[int]) -> None:
     The last step before the program, whether in a sandbox made for it or in one that is kept ready.
     ``streams`` are the descriptors that the program gets.
     """
-    kernel.drop_capabilities()
+    landlock_rules = landlock.ruleset(
+        landlock.best_abi(), _allowed(spec), streams, ports=_ports(spec)
+    )
+    _confine(landlock_rules)
+
+
+def _allowed(spec: LaunchSpec) -> Iterator[landlock.Place]:
     system, _ = system_layout()
-    places = landlock.places(spec, system)
-    ports = None if spec.network == "host" else [one.port for one in spec.listeners]
-    landlock.restrict(landlock.best_abi(), places, streams, ports=ports)
+    return landlock.places(spec, system)
+
+
+def _ports(spec: LaunchSpec) -> list[int] | None:
+    return None if spec.network == "host" else [one.port for one in spec.listeners]
+
+
+def _confine(rules: int) -> None:
+    """Give up every capability, and what is no Landlock ``rules`` and no filter allows."""
+    kernel.drop_capabilities()
+    if rules >= 0:
+        landlock.enforce(landlock.best_abi(), rules)
     seccomp.restrict_sandbox()
 
 

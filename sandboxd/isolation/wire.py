@@ -41,6 +41,7 @@ __all__ = [
     "Listener",
     "Located",
     "MountSpec",
+    "Outline",
     "OverlaySpec",
     "Pin",
     "check_spec",
@@ -50,6 +51,7 @@ __all__ = [
     "failed",
     "lasting_part",
     "locate",
+    "outline",
     "sealed_memfd",
 ]
 
@@ -72,6 +74,8 @@ UNPINNED: Pin = (0, 0, 0)
 #: Of an encoded spec: its size, that of its lasting part and of its id; how many arguments,
 #: variables and files follow.
 _HEAD = struct.Struct("!6Q")
+#: What the lasting part begins with: the uid, and the flags of the outline.
+_OUTLINE = struct.Struct("!2Q")
 _GROUP = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,31}")
 
@@ -198,7 +202,7 @@ class LaunchSpec:
     ``template`` names a group (a session) whose prepared sandboxes this launch may use one of;
     empty asks for a sandbox made for this launch alone.
     ``program``: the file to execute, where not argv's first; ``pin``: what that must be.
-    ``further``: more programs can be started in it later, over a socket that the launch brings.
+    ``further``: more programs can be started in it later, over the last descriptor, a socket.
     """
 
     id: str
@@ -220,6 +224,8 @@ class LaunchSpec:
     overlay: OverlaySpec | None = None
     #: A launch with listeners brings a Unix socket after these, for them to be passed out by.
     listeners: tuple[Listener, ...] = ()
+    #: A launch that waits brings a socket after these, on which its program is told later.
+    waits: bool = False
     further: bool = False
 
     @property
@@ -231,10 +237,13 @@ class LaunchSpec:
 def check_spec(spec: LaunchSpec, *, search: bool = False) -> None:
     """Invalid when ``spec`` can't be what somebody meant. Quotes no argument and no value.
 
+    One that waits needs no program yet.
+
     ``search``: the program may be a name, or a relative path, for the sandbox to find.
     """
     program = os.fsencode(spec.program) or b"".join(spec.argv[:1])
-    if not program or b"\0" in program or not (search or program.startswith(b"/")):
+    known = program if search else program.startswith(b"/")
+    if (spec.argv or not spec.waits) and (not known or b"\0" in program):
         raise Invalid("a sandbox needs a program, by its absolute path")
     if any(b"\0" in argument for argument in spec.argv):
         raise Invalid("an argument holds a NUL byte, which no command line can carry")
@@ -262,7 +271,7 @@ def check_spec(spec: LaunchSpec, *, search: bool = False) -> None:
     extra = spec.extra_fds
     if len(set(extra)) < len(extra) or any(not 3 <= fd < FIRST_HIGH_FD for fd in extra):
         raise Invalid(f"extra descriptors are different numbers from 3 to {FIRST_HIGH_FD - 1}")
-    more = spec.brings_namespace + bool(spec.listeners) + spec.further
+    more = spec.brings_namespace + bool(spec.listeners) + spec.waits + spec.further
     if len(extra) + more > MAX_FDS - 4:
         raise Invalid(f"a sandbox takes at most {MAX_FDS - 4} extra descriptors")
     if spec.listeners and spec.network != "none":
@@ -319,6 +328,7 @@ def lasting_part(spec: LaunchSpec) -> bytes:
     """The encoded fields that two launches from one template have in common."""
     out = Writer()
     out.number(spec.uid)
+    out.number(sum(1 << bit for bit, on in enumerate(_outline(spec)) if on))
     for number in spec.pin:
         out.number(number)
     for text in (spec.program, spec.cwd, spec.network, spec.hostname, spec.user, spec.template):
@@ -346,6 +356,7 @@ def lasting_part(spec: LaunchSpec) -> bytes:
         out.text(one.address)
         out.number(one.port)
         out.text(one.name)
+    out.number(spec.waits)
     out.number(spec.further)
     return bytes(out.data)
 
@@ -371,11 +382,12 @@ def decode_spec(data: bytes) -> LaunchSpec:
 def decode_lasting(data: bytes) -> LaunchSpec:
     """A spec of the lasting fields alone; its files are empty, the rest is blank."""
     read = Reader(data)
+    uid, _ = read.number(), read.number()  # the second is the outline
     spec = LaunchSpec(
         id="",
         argv=(),
         env=(),
-        uid=read.number(),
+        uid=uid,
         pin=(read.number(), read.number(), read.number()),
         program=read.text(),
         cwd=read.text(),
@@ -392,10 +404,40 @@ def decode_lasting(data: bytes) -> LaunchSpec:
         listeners=tuple(
             Listener(read.text(), read.number(), read.text()) for _ in range(read.number())
         ),
+        waits=bool(read.number()),
         further=bool(read.number()),
     )
     read.end()
     return spec
+
+
+class Outline(NamedTuple):
+    """What the init of a sandbox knows of its spec; all else it leaves to who builds or runs."""
+
+    uid: int
+    host_network: bool
+    overlay: bool
+    # What the launch brings after the program's descriptors, in this order.
+    namespace: bool
+    listeners: bool
+    waits: bool
+    further: bool
+
+
+def outline(memfd: int) -> Outline:
+    """The outline of the spec in ``memfd``, without reading the rest. ValueError if damaged."""
+    data = os.pread(memfd, _HEAD.size + _OUTLINE.size, 0)
+    if len(data) < _HEAD.size + _OUTLINE.size:
+        raise ValueError("the launch spec is cut short")
+    uid, flags = _OUTLINE.unpack_from(data, _HEAD.size)
+    if _HEAD.unpack_from(data)[0] != os.fstat(memfd).st_size or flags >> len(Outline._fields) - 1:
+        raise ValueError("not a launch spec")
+    return Outline(uid, *(bool(flags & 1 << bit) for bit in range(len(Outline._fields) - 1)))
+
+
+def _outline(spec: LaunchSpec) -> tuple[bool, ...]:
+    more = (spec.brings_namespace, bool(spec.listeners), spec.waits, spec.further)
+    return (spec.network == "host", spec.overlay is not None, *more)
 
 
 class Located(NamedTuple):

@@ -49,6 +49,7 @@ THREATS = tuple(dict.fromkeys(probe.threat for probe in PROBES))
 
 #: Times the stage's patience.
 _SECONDS = 150.0
+_READY_SECONDS = 15.0
 _KINDS = ("user", "mnt", "pid", "ipc", "uts", "cgroup", "net", "time")
 _LEFT = "leave a daemon behind"
 
@@ -113,6 +114,7 @@ def _perform(
     """Run the agent to its end, attached, and the controls meanwhile. Returns the layers."""
     neighbour = client.call("session.start", agent="neighbour", args=[], tty=False, attach=False)
     try:
+        _have_one_ready(client, neighbour["pid"], stage.patience)
         started, fds = client.call_with_fds(
             "session.start", agent=SLUG, args=[], tty=False, attach=True
         )
@@ -157,6 +159,23 @@ def _perform(
         client.call("session.wait", id=started["id"])
     watcher.join()
     return {AGENT: shown["isolation"], TOOL: explained["isolation"]}
+
+
+def _have_one_ready(client: AdminClient, neighbour: int, patience: float) -> None:
+    """Let the agent's sandbox be one that was ready, as most are: the first session's never is."""
+    nothing = {"PROBE": "nothing"}
+    first = client.call("session.start", agent=SLUG, args=[], environment=nothing)
+    client.call("session.wait", id=first["id"])
+    launcher = psutil.Process(psutil.Process(neighbour).ppid())
+    deadline = time.monotonic() + _READY_SECONDS * patience
+    while time.monotonic() < deadline:
+        waiting = 0
+        for init in launcher.children():
+            with suppress(psutil.Error):
+                waiting += any(child.name() == init.name() for child in init.children())
+        if waiting == 2:  # the agent's, and its neighbour's
+            return
+        time.sleep(0.05)
 
 
 def _note(event: dict[str, Any], seen: _Seen) -> None:
@@ -220,9 +239,12 @@ def _plan(stage: Stage, baits: Baits, seen: _Seen, agent: int, neighbour: dict[s
     pids |= {"neighbour": neighbour["pid"], "selftest": os.getpid(), "agent": agent}
     others = [os.getpid(), *(child.pid for child in psutil.Process(neighbour["pid"]).children())]
     for init in psutil.Process(launcher).children():
-        if init.pid not in (agent, neighbour["pid"]):
+        if init.pid in (agent, neighbour["pid"]):
+            continue
+        programs = [child for child in init.children() if child.name() != init.name()]
+        if programs:  # else it waits for its first: a sandbox that is ready for a session
             pids |= {"holder": init.pid}
-            pids |= {f"program of {child.ppid()}": child.pid for child in init.children()}
+            pids |= {f"program of {child.ppid()}": child.pid for child in programs}
     paths: dict[str, Path | str] = {
         "master key": stage.key,
         "store": where.store,

@@ -24,17 +24,18 @@ from sandboxd.audit import AuditLog
 from sandboxd.errors import Conflict, Invalid, KernelError, NotFound, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, Process
 from sandboxd.isolation.uids import UidPool
-from sandboxd.names import agent_slug, new_session_id, shown
+from sandboxd.names import agent_slug, shown
 from sandboxd.paths import Paths
 from sandboxd.policy import DEFAULT_TEAM, Agent, Config
 from sandboxd.policy.decide import SessionTerms, session_terms
 from sandboxd.sessions import streams
+from sandboxd.sessions.berths import Berth, Berths, Bind, make_directory
 from sandboxd.sessions.changes import Changes
 from sandboxd.sessions.exec import Execs
 from sandboxd.sessions.files import Files
 from sandboxd.sessions.layers import provided
 from sandboxd.sessions.output import Recorder
-from sandboxd.sessions.records import Records
+from sandboxd.sessions.records import Records, both
 from sandboxd.sessions.session import Ending, Session
 from sandboxd.sessions.spec import agent_spec, check_agent
 from sandboxd.vault.vault import Snapshot, Vault
@@ -103,12 +104,22 @@ class Manager:
         launcher: Launcher,
         uids: UidPool,
         serve: Serve,
+        bind: Bind,
         bridge: bytes,
         nursery: trio.Nursery,
     ) -> None:
+        """``bind`` makes a session's socket, which ``serve`` serves."""
         self._paths, self._config, self._vault = paths, config, vault
-        self._launcher, self._uids, self._serve, self._bridge = launcher, uids, serve, bridge
+        self._launcher, self._serve, self._bridge = launcher, serve, bridge
         self._nursery = nursery
+        self._berths = Berths(
+            sessions=paths.sessions,
+            launcher=launcher,
+            uids=uids,
+            bind=bind,
+            bridge=bridge,
+            nursery=nursery,
+        )
         #: What sessions changed in copy-on-write workspaces.
         self.changes = Changes(paths=paths, launcher=launcher, uids=uids, audit=audit)
         #: Programs beside agents; ``exec(session, argv, ...)`` runs one.
@@ -162,7 +173,7 @@ class Manager:
             # No slug has a dot: neither team nor agent can be taken for another.
             own = agent.slug if agent.team == DEFAULT_TEAM else f"{agent.team}.{agent.slug}"
             path = self._paths.workspaces / own
-            _make(path)
+            make_directory(path)
             return path
         return Path(wanted.path)
 
@@ -189,18 +200,18 @@ class Manager:
         if request.lifetime is not None and not 0 < request.lifetime <= MAX_LIFETIME:
             raise Invalid(f"a session's lifetime is more than 0 and at most {MAX_LIFETIME:,} s")
         self.admit(request)
-        id = new_session_id()
+        berth = self._berths.take(agent.slug)
         # A place is taken before the first await: the limit holds, and stop_where finds it.
         session = Session(
-            id=id,
+            id=berth.id,
             agent=agent,
             config=config,
             policy=policy,
             terms=terms,
             snapshot=Snapshot(agent.team, agent.slug, {}),
-            uid=self._uids.acquire(),
+            uid=berth.uid,
             workspace=None,
-            directory=self._paths.sessions / id,
+            directory=berth.directory,
             by=request.by,
             args=request.args,
             tty=request.tty,
@@ -211,7 +222,7 @@ class Manager:
             environment=dict(request.environment),
             lifetime=request.lifetime,
         )
-        self._live[id] = session
+        self._live[berth.id] = session
         try:
             variables = self._vault.of(agent.team)
             session.snapshot = await trio.to_thread.run_sync(variables.snapshot, agent.slug)
@@ -221,12 +232,13 @@ class Manager:
                 raise _stopped_early(session)
         except BaseException as failure:
             session.ending = _failed_start(failure)
-            self._forget(session)
+            await berth.vacate()
+            self._forget(session, berth)
             session.ended.set()
             raise
         try:
             fds: tuple[int, ...] = await self._nursery.start(
-                self._run, session, request, name=f"session {id}"
+                self._run, session, berth, request, name=f"session {id}"
             )
         except BaseExceptionGroup as group:
             raise _single(group) from None
@@ -276,6 +288,7 @@ class Manager:
     async def stop_all(self, *, reason: str, grace: float = GRACE_SECONDS) -> None:
         """Refuse new sessions and end every live one."""
         self._closing = True
+        self._berths.close()
         async with trio.open_nursery() as nursery:
             for session in self.live:
                 nursery.start_soon(partial(self.stop, session, reason=reason, grace=grace))
@@ -296,6 +309,7 @@ class Manager:
     async def _run(
         self,
         session: Session,
+        berth: Berth,
         request: Request,
         *,
         task_status: trio.TaskStatus[tuple[int, ...]] = trio.TASK_STATUS_IGNORED,
@@ -310,18 +324,19 @@ class Manager:
 
         try:
             with ExitStack() as undo:
-                undo.callback(self._forget, session)
+                undo.callback(self._forget, session, berth)
                 session.workspace = self.workspace_of(session.agent, session.terms)
-                _make(session.directory)
-                undo.callback(shutil.rmtree, session.directory, ignore_errors=True)
-                await self._records.started(session)
+                self._berths.open(berth)
+                session.listener = berth.listener
+                number = self._records.starts(session)
                 try:
                     async with self._view(session):
-                        await self._live_through(session, request, running)
+                        await self._live_through(session, berth, request, number, running)
                 except BaseException as failure:
                     session.ending = session.ending or _failed_start(failure)
                     raise
                 finally:
+                    await berth.vacate()
                     await self._records.ended(session)
         except Exception as failure:
             if not started:
@@ -353,14 +368,20 @@ class Manager:
                 await self.changes.end(session.id)
 
     async def _live_through(
-        self, session: Session, request: Request, running: Callable[[tuple[int, ...]], None]
+        self,
+        session: Session,
+        berth: Berth,
+        request: Request,
+        number: int,
+        running: Callable[[tuple[int, ...]], None],
     ) -> None:
         """Serve the broker socket while the agent's process lives; its calls end with it."""
         async with trio.open_nursery() as serving:
             await serving.start(partial(self._serve, session))
-            fds = await self._launch(session, request, serving)
+            fds = await self._launch(session, berth, request, number, serving)
             session.tasks = serving
             running(fds)
+            self._berths.prepare(session)
             if session.lifetime is not None:
                 serving.start_soon(self._end_in_time, session, session.lifetime)
             try:
@@ -374,8 +395,14 @@ class Manager:
         await self.stop(session, reason="its time is over")
 
     async def _launch(
-        self, session: Session, request: Request, serving: trio.Nursery
+        self,
+        session: Session,
+        berth: Berth,
+        request: Request,
+        number: int,
+        serving: trio.Nursery,
     ) -> tuple[int, ...]:
+        """Start the program, once its start (record ``number``) is recorded for good."""
         if request.tty:
             ends = streams.terminal(request.rows, request.columns)
         elif request.attach:
@@ -384,33 +411,24 @@ class Manager:
             ends = streams.recorded()
         try:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
-            stdin, stdout, stderr = ends.child
             with self._records.outlet(session) as outlet:
-                session.way_out = outlet.environment
-                session.process = await self._launcher.launch(
-                    outlet.complete(spec),
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=stderr,
-                    extra=(*([session.overlay] if session.overlay >= 0 else ()), *outlet.fds),
+                session.way_out, spec = outlet.environment, outlet.complete(spec)
+                extra = (*([session.overlay] if session.overlay >= 0 else ()), *outlet.fds)
+                await both(
+                    partial(self._records.started, session, number),
+                    partial(self._berths.build, berth, spec, ends.child, *extra),
                 )
                 outlet.take()
             serving.start_soon(outlet.serve)
             if session.stop_reason or self._closing:
                 raise _stopped_early(session)
+            session.process = await self._berths.begin(berth, spec, ends.child)
             ends.close_child()
-            await self._records.keep(session, "running")
             if request.attach:
                 return ends.take_operator()
             recorder = self._recorders[session.id] = Recorder(self._paths.logs / session.id)
             serving.start_soon(recorder.record, ends.take_operator()[0])
-            await trio.to_thread.run_sync(self._prune_logs)
-        except BaseException:
-            if session.process is not None:
-                with trio.CancelScope(shield=True), contextlib.suppress(Unavailable):
-                    await session.process.kill()
-                    await session.process.wait()
-            raise
+            serving.start_soon(trio.to_thread.run_sync, self._prune_logs)
         finally:
             ends.close()
         return ()
@@ -435,10 +453,10 @@ class Manager:
     def _prune_logs(self) -> None:
         self._records.prune(self._paths.logs, self._live)
 
-    def _forget(self, session: Session) -> None:
+    def _forget(self, session: Session, berth: Berth) -> None:
         del self._live[session.id]
         self._recorders.pop(session.id, None)
-        self._uids.release(session.uid)
+        self._berths.release(berth)
 
 
 async def _ending_of(process: Process, session: Session) -> Ending:
@@ -457,14 +475,6 @@ def _stopped_early(session: Session) -> Unavailable:
 
 def _stopping() -> Unavailable:
     return Unavailable("the daemon is stopping and starts nothing any more")
-
-
-def _make(directory: Path) -> None:
-    """Make a private directory. KernelError says where and why it can't be."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as failure:
-        raise KernelError("mkdir", failure.errno or 0, str(directory)) from None
 
 
 def _failed_start(failure: BaseException) -> Ending:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,30 @@ from sandboxd.sessions.session import Ending, Session
 from sandboxd.vault.store import SessionRecord
 from sandboxd.vault.vault import Vault
 
-__all__ = ["MAX_LOGS", "Records"]
+__all__ = ["MAX_LOGS", "Records", "both"]
 
 #: Detached sessions of each team whose recorded output is kept, at most twice output.MAX_LOG.
 MAX_LOGS = 100
 
 #: Sessions of which it is known whose they are; of older ones hardly anything is kept.
 _KNOWN = 10_000
+
+
+async def both(*calls: Callable[[], Awaitable[Any]]) -> None:
+    """Await all of them at once, each to its end. Raises the first SandboxdError of theirs."""
+    failures: list[SandboxdError] = []
+
+    async def one(call: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            await call()
+        except SandboxdError as failure:
+            failures.append(failure)
+
+    async with trio.open_nursery() as nursery:
+        for call in calls:
+            nursery.start_soon(one, call)
+    if failures:
+        raise failures[0]
 
 
 class Records:
@@ -41,9 +58,9 @@ class Records:
         #: Whose the sessions are, as far as their output is still kept.
         self._teams: OrderedDict[str, str] = OrderedDict()
 
-    async def started(self, session: Session) -> None:
-        """Note that it starts. Raises StoreError when that can't be recorded."""
-        await self._audit.append(
+    def starts(self, session: Session) -> int:
+        """Note that it starts, for :meth:`started` to make durable. Raises StoreError."""
+        return self._audit.note(
             "session.started",
             **session.about,
             policy=session.policy.name,
@@ -55,7 +72,13 @@ class Records:
             lowered=list(session.terms.lowered),
             variables={name: v.version for name, v in session.snapshot.variables.items()},
         )
-        await self.keep(session, "starting")
+
+    async def started(self, session: Session, number: int) -> None:
+        """Return once what was noted under ``number``, and its row, are on disk. Raises StoreError.
+
+        Nothing of the session runs before that.
+        """
+        await both(partial(self._audit.settle, number), partial(self.keep, session, "running"))
 
     def outlet(self, session: Session) -> AbstractContextManager[Outlet]:
         """The way out of a session's sandbox, whose connections are recorded here too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Session:
     overlay: int = -1
     #: Variables that its way out adds to the agent's environment.
     way_out: Mapping[bytes, bytes] = field(default_factory=dict)
+    #: The session's own broker socket, listening.
+    listener: socket.socket | None = None
     process: Process | None = None
     #: Work on behalf of the session while it runs; cancelled, and waited for, when it ends.
     tasks: trio.Nursery | None = None

@@ -34,6 +34,14 @@ class TestMaking:
         with pytest.raises(NotFound, match="no team 'nobody'"):
             await parts.key_of(team="nobody")
 
+    async def test_who_made_which_is_known(self, parts: Parts) -> None:
+        maker, text = await parts.key_of("owner")
+        owner = await parts.access.authenticate(text)
+        made = [(await parts.key_of("viewer", by=owner))[0] for _ in range(2)]
+        await parts.access.deactivate(made[0].id, by=owner)
+        await parts.access.deactivate(maker.id, by=HOST)
+        assert [key.id for key in parts.access.made_by(maker, HOST)] == [made[1].id]
+
     async def test_nobody_makes_more_than_they_have(self, parts: Parts) -> None:
         _, text = await parts.key_of("owner", agents=["crawler"])
         owner = await parts.access.authenticate(text)

@@ -10,7 +10,7 @@ from access_parts import HOST, Parts, Running
 
 from sandboxd.access.roles import Principal
 from sandboxd.access.tokens import LEEWAY, Token
-from sandboxd.errors import Invalid, NotFound, Unauthenticated
+from sandboxd.errors import Denied, Invalid, NotFound, Unauthenticated
 
 
 async def holder(parts: Parts) -> Principal:
@@ -97,6 +97,12 @@ class TestAUser:
             found = [await accepted(parts, token) for token in (*before, nameless, after)]
             assert found == [False, True, True, True]
             parts.reopen()
+
+    async def test_a_key_for_some_agents_ends_no_tokens_for_others(self, parts: Parts) -> None:
+        _, text = await parts.key_of(agents=["crawler"])
+        one = await parts.access.authenticate(text)
+        with pytest.raises(Denied, match="a key for some agents can't revoke"):
+            await parts.access.revoke_user("ann", team="default", by=one)
 
     async def test_a_later_revocation_is_not_moved_back(self, parts: Parts) -> None:
         one = await holder(parts)

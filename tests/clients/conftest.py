@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,5 +61,6 @@ def fastmcp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), FASTMCP]
     subprocess.run(command, check=True, timeout=600)
     for directory in (site, *site.parents[:3]):
-        directory.chmod(0o755)
+        if not directory.stat().st_mode & stat.S_ISVTX:  # /tmp itself, with a short --basetemp
+            directory.chmod(0o755)
     return site

@@ -35,7 +35,7 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(Path(__file__).parent / "agents" / name, at)
     command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
     subprocess.run(command, cwd=at, check=True, timeout=600)
-    for directory in (at, *at.parents[:3]):
+    for directory in (at, *at.parents[:2]):
         directory.chmod(0o755)
     return at / "node_modules"
 

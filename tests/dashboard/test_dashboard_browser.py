@@ -141,6 +141,8 @@ def test_every_tab_when_there_is_much_to_see(
     window.check("audit")
     page.get_by_role("button", name="Sign out").click()
     page.get_by_text("You are signed out.").wait_for()
+    page.go_back()
+    page.get_by_label("API key", exact=True).wait_for()  # not the page from before
 
 
 @pytest.mark.parametrize("look", LOOKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import httpx2
@@ -115,6 +116,32 @@ def test_the_commands_link_signs_in_once(daemon: RealDaemon) -> None:
     assert "This link is not valid any more." in told(again.text)
     assert all(code not in str(record) for record in daemon.audit())
     assert code not in daemon.log.read_text()
+
+
+def test_a_link_can_lead_by_way_of_a_proxy(daemon: RealDaemon) -> None:
+    done = daemon.ctl("dashboard", "--team", "red", "--url", "https://sandboxes.example", "--json")
+    got = json.loads(done.stdout)
+    assert re.fullmatch(r"https://sandboxes[.]example/sign-in#code=[\w-]{43}", got["url"])
+    assert (got["team"], got["role"], got["valid_for"]) == ("red", "owner", 120.0)
+    for url in ("ftp://x.example", "x.example", "https://x.example/#code=1"):
+        refused = daemon.ctl("dashboard", "--url", url)
+        assert (refused.returncode, refused.stdout) == (2, "")
+
+
+def test_a_keys_own_link_is_for_a_page_of_the_key(daemon: RealDaemon) -> None:
+    made = new_key(daemon, "red", "viewer")
+    with httpx2.Client(
+        base_url=daemon.url, headers={"authorization": f"Bearer {made['secret']}"}
+    ) as client:
+        got = client.post("/api/v1/operator/dashboard.link", json={})
+        other = client.post("/api/v1/operator/dashboard.link", json={"role": "owner"})
+    assert other.status_code == 400
+    pages = Pages(daemon.url)
+    code = got.json()["path"].partition("#code=")[2]
+    assert pages.client.post("/sign-in/link", data={"code": code}).status_code == 303
+    assert "Team red viewer" in told(pages.read("/audit"))
+    daemon.call("keys.deactivate", key=made["key"]["id"])
+    assert pages.get("/audit").status_code == 303
 
 
 def test_a_link_is_for_a_team_that_there_is(daemon: RealDaemon) -> None:

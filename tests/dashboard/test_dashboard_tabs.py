@@ -81,7 +81,10 @@ def test_a_value_arrives_as_it_was_typed(daemon: RealDaemon, owner: Pages) -> No
         r["name"]: r["fingerprint"] for r in daemon.call("env.list", agent="reader")["variables"]
     }
     assert both["KEY_FILE"] == both["KEY_TWO"]
-    daemon.call("env.remove", agent="reader", names=["KEY_FILE", "KEY_TWO"])
+    owner.post("/environment/reader/set", name="PASTED", value=SECRET + "\r\n")
+    sizes = {r["name"]: r["size"] for r in daemon.call("env.list", agent="reader")["variables"]}
+    assert sizes["PASTED"] == len(SECRET)
+    daemon.call("env.remove", agent="reader", names=["KEY_FILE", "KEY_TWO", "PASTED"])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,11 @@ def test_a_session_is_seen_and_stopped(daemon: RealDaemon, owner: Pages, session
     assert "TOKEN version" in page
     got = owner.post(f"/sessions/{session}/stop", at_once="on")
     assert got.status_code == 303
-    assert f"Session {session} has ended." in told(owner.read("/sessions"))
+    page = owner.read("/sessions")
+    assert f"Session {session} has ended." in told(page)
+    assert session in page.partition('id="ended-list"')[2]
+    assert session in owner.read("/sessions/ended")
+    assert session not in owner.read("/sessions/live")
     assert "stopped by owner of red" in told(owner.read(f"/sessions/{session}"))
     assert owner.post(f"/sessions/{session}/stop").status_code == 404
 

@@ -80,7 +80,7 @@ PLACES: tuple[Layer, ...] = (
         "network_namespaces(7)",
         one(
             "sandbox.py",
-            'network = 0 if spec.network == "host" else kernel.CLONE_NEWNET',
+            "network = 0 if host_network else kernel.CLONE_NEWNET",
             "network = 0",
         ),
         ("namespaces", "network", "shared"),
@@ -100,7 +100,7 @@ PLACES: tuple[Layer, ...] = (
     Layer(
         "a generic host name",
         "sethostname(2)",
-        one("sandbox.py", "    kernel.sethostname(spec.hostname)\n"),
+        one("sandbox.py", "    kernel.sethostname(root.spec.hostname)\n"),
         ("facts",),
     ),
     Layer(

@@ -64,8 +64,8 @@ RIGHTS: tuple[Layer, ...] = (
             Change(ISOLATION + "sandbox.py", "    kernel.no_new_privileges()\n"),
             Change(
                 ISOLATION + "sandbox.py",
-                "    kernel.drop_capabilities()\n    system, _ = system_layout()\n",
-                "    system, _ = system_layout()\n",
+                "    kernel.drop_capabilities()\n    if rules >= 0:\n",
+                "    if rules >= 0:\n",
             ),
             Change(
                 ISOLATION + "sandbox.py",
@@ -109,7 +109,7 @@ RIGHTS: tuple[Layer, ...] = (
     Layer(
         "Landlock: paths",
         "landlock(7)",
-        one("landlock.py", '_allow(ruleset, "/", _READ)', '_allow(ruleset, "/", handled)'),
+        one("landlock.py", '_allow(rules, "/", _READ)', '_allow(rules, "/", handled)'),
         ("planted", "privileges", "sandbox's init"),
     ),
     Layer(
@@ -117,7 +117,7 @@ RIGHTS: tuple[Layer, ...] = (
         "landlock(7), ABI 4",
         one(
             "landlock.py",
-            "net = _NET_BIND_AND_CONNECT if abi >= 4 and not tcp else 0",
+            "net = _NET_BIND_AND_CONNECT if abi >= 4 and ports is not None else 0",
             "net = 0",
         ),
         ("network",),

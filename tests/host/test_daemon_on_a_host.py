@@ -328,6 +328,44 @@ def test_the_key_can_be_an_encrypted_credential(ready) -> None:
         drop_in(ready)
 
 
+@pytest.mark.parametrize(
+    ("listen", "settings"),
+    [
+        ("127.0.0.1:7621", ()),
+        ("127.0.0.1:443", ("CapabilityBoundingSet=CAP_NET_BIND_SERVICE",)),
+        ("unix:/run/sandboxd/http.sock", ()),
+    ],
+)
+def test_http_is_served_from_the_unit(ready, listen: str, settings: tuple[str, ...]) -> None:
+    ready.run("systemctl", "stop", UNIT)
+    before = ready.out("cat", "/etc/sandboxd/sandboxd.yaml")
+    ready.write("/etc/sandboxd/sandboxd.yaml", f"{before}\nhttp: {{listen: '{listen}'}}\n")
+    if settings:
+        drop_in(ready, *settings)
+    asking = (
+        "import socket, sys; where = sys.argv[1]; "
+        "path = where.removeprefix('unix:'); host, _, port = where.rpartition(':'); "
+        "s = socket.socket(socket.AF_UNIX) if path != where else socket.socket(); "
+        "s.connect(path if path != where else (host, int(port))); "
+        "head = 'GET /healthz HTTP/1.1', 'Host: localhost', 'Connection: close', '', ''; "
+        "s.sendall('\\r\\n'.join(head).encode()); "
+        "print(s.makefile().read())"
+    )
+    try:
+        ready.run("systemctl", "start", UNIT)
+        assert listen in ctl(ready, "status")["http"]
+        # As somebody with no right to the admin socket: the key decides, and this route needs none.
+        got = ready.out("runuser", "-u", "nobody", "--", "python3", "-c", asking, listen)
+        assert got.startswith("HTTP/1.1 200")
+        assert got.endswith('{"status":"ok"}')
+        broker = ready.property(UNIT, "MainPID")
+        assert "CapEff:\t0000000000000000" in ready.out("cat", f"/proc/{broker}/status")
+    finally:
+        ready.run("systemctl", "stop", UNIT)
+        ready.write("/etc/sandboxd/sandboxd.yaml", before + "\n")
+        drop_in(ready)
+
+
 def test_the_doctor_finds_the_host_ready(running) -> None:
     done = running.run("sandboxctl", "doctor", "--json", check=False)
     assert done.returncode == 0, done.stdout

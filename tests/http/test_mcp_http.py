@@ -315,3 +315,26 @@ def test_one_visit_has_so_many_requests(daemon: RealDaemon) -> None:
         assert (refused.status_code, answer(refused)["error"]["code"]) == (429, -32000)
         assert wire.post("ping").status_code == 200
     until(lambda: wire.post("tools/list").status_code == 200)
+
+
+def test_a_daemon_that_stops_ends_what_runs_and_complains_of_nothing(
+    configured: RealDaemon,
+) -> None:
+    configure(configured)
+    configured.start()
+    id, _ = key(configured)
+    jti, bearer = token(configured, id, "client")
+    stopped, revoked = (
+        Wire(configured.url + "/mcp", t, HANDSHAKE)
+        for t in (token(configured, id, "client")[1], bearer)
+    )
+    stopped.shake()
+    revoked.shake()
+    with stopped.calling("long", 1), revoked.calling("long", 1):
+        until(lambda: configured.call("status")["calls"] == 2)
+        configured.call("tokens.revoke", id=jti)
+        assert configured.stop() == 0
+    log = configured.log.read_text()
+    assert "ERROR" not in log
+    for wire in (stopped, revoked):
+        assert wire.headers["mcp-session-id"] not in log

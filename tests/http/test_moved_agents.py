@@ -12,6 +12,8 @@ import httpx2
 import pytest
 from real_daemon import BROKER_UID, RealDaemon, directories, until
 
+from sandboxd.access.denials import LIMIT
+
 SCRIPT = "echo begun; while :; do sleep 0.2; done"
 NEVER = "s-0000000000000000"
 
@@ -199,3 +201,14 @@ def test_deleting_an_agent_tells_and_puts_in_force_nothing_of_others(teams: Team
     staged.unlink()
     assert teams.ask("red", "DELETE", "/api/v1/agents/doomed")[0] == 200
     assert not (folder / "doomed.yaml").exists()
+
+
+def test_refusals_in_a_loop_do_not_fill_the_log(teams: Teams) -> None:
+    def denied() -> int:
+        records = [r for r in teams.daemon.audit() if r["event"] == "admin.denied"]
+        return sum(record["team"] == "blue" for record in records)
+
+    before = denied()
+    for _ in range(LIMIT + 5):
+        assert teams.operate("blue", "audit.verify")[0] == 403
+    assert LIMIT - 5 <= denied() - before <= LIMIT

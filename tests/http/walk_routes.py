@@ -220,6 +220,7 @@ ROUTES: dict[tuple[str, str], tuple[Route, ...]] = {
     ),
     ("GET", "/sessions"): (_page("list", VIEW),),
     ("GET", "/sessions/live"): (_page("list", VIEW),),
+    ("GET", "/sessions/ended"): (_page("list", VIEW),),
     ("GET", "/sessions/{id}"): (
         _page("one", VIEW, {"id": "live"}),
         _page("one", VIEW, {"id": "ended"}),

@@ -183,8 +183,9 @@ print(*sys.modules)
 
 
 _PRIVILEGED = (
-    "cgroup", "cgroup_places", "cgroup_state", "clocks", "kernel", "landlock", "lasting",
-    "launcher", "meter", "overlay", "root", "sandbox", "seccomp", "spawn", "template",
+    "cgroup", "cgroup_places", "cgroup_state", "clocks", "further", "kernel", "landlock",
+    "lasting", "launcher", "listeners", "meter", "overlay", "packing", "program", "root",
+    "sandbox", "seccomp", "spawn", "template",
 )  # fmt: skip
 
 

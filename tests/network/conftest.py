@@ -118,7 +118,7 @@ def daemon(internet: World) -> Iterator[RealDaemon]:
 
 
 def _readable(directory: Path) -> None:
-    for one in (directory, *directory.parents[:3]):
+    for one in (directory, *directory.parents[:2]):
         one.chmod(0o755)
 
 

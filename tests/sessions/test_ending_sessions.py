@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from sandboxd.audit import AuditLog
+from sandboxd.broker.socket import bind_session_socket
 from sandboxd.errors import Denied, StoreError, Unavailable
 from sandboxd.isolation.client import open_launcher
 from sandboxd.isolation.uids import UidPool
@@ -65,6 +66,7 @@ class Parts:
             launcher=launcher,
             uids=UidPool(privileged=launcher.privileged),
             serve=_serve,
+            bind=bind_session_socket,
             bridge=b"",
             nursery=nursery,
         )

@@ -146,6 +146,39 @@ def test_a_data_key_moved_to_another_team_in_the_file_is_told(reopen: Reopen, pa
         reopen()
 
 
+def columns(table: str) -> list[str]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.execute(next(text for text in MIGRATIONS[0] if f"TABLE {table} " in text))
+        return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+@pytest.mark.parametrize("table", ["variables", "keys"])
+def test_a_flipped_value_in_any_column_of_a_second_team_is_told(
+    reopen: Reopen, path: Path, table: str
+) -> None:
+    reopen().of("red").set("bot", {"A": Secret(b"x")}, by="ann")
+    reopen().of("blue").set("bot", {"A": Secret(b"y")}, by="ann")
+    reopen().close()
+    good = path.read_bytes()
+    for column in columns(table):
+        path.write_bytes(good)
+        with closing(sqlite3.connect(path)) as db, db:
+            where = f"WHERE rowid = (SELECT MAX(rowid) FROM {table} WHERE team = 'blue')"
+            if table == "keys":
+                where = "WHERE team = 'blue'"
+            ((value,),) = db.execute(f"SELECT {column} FROM {table} {where}").fetchall()
+            changed = (
+                value + (b"x" if isinstance(value, bytes) else "x")
+                if isinstance(value, str | bytes)
+                else (value or 0) + 1
+            )
+            db.execute(f"UPDATE {table} SET {column} = ? {where}", (changed,))
+        with pytest.raises(StoreError, match="the store is corrupted: "):
+            reopen()
+    path.write_bytes(good)
+    assert value_of(reopen(), "blue") == b"y"
+
+
 # -- a store of the schema before teams ----------------------------------------------------------
 
 

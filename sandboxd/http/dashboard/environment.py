@@ -215,10 +215,14 @@ def _name(text: str) -> str:
 
 
 def _value(form: Form) -> bytes:
-    """What was typed or chosen. A browser sends typed lines with CR LF, whatever was typed."""
-    if form.get("file"):
-        return _decoded(form["file"])
+    """What was typed. A browser sends lines with CR LF, whatever was typed.
+
+    A single line loses its final newline, which is pasted along and nobody means.
+    """
     text = form.get("value", "").replace("\r\n", "\n")
+    line = text.removesuffix("\n")
+    if "\n" not in line:
+        text = line
     if not text:
         raise Invalid(
             "the value is empty", hint="to set an empty one on purpose: sandboxctl env set"

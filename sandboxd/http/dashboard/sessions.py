@@ -22,10 +22,14 @@ def add(tabs: Tabs) -> None:
     history = _History()
 
     async def list_(ask: Ask) -> Response:
-        return ask.html("sessions.html", tab="sessions", **await _listed(ask, history))
+        shown = {**await _live(ask, history), **await _ended(ask)}
+        return ask.html("sessions.html", tab="sessions", **shown)
 
     async def live(ask: Ask) -> Response:
-        return ask.html("_sessions.html", **await _listed(ask, history))
+        return ask.html("_sessions.html", **await _live(ask, history))
+
+    async def ended(ask: Ask) -> Response:
+        return ask.html("_ended.html", **await _ended(ask))
 
     async def show(ask: Ask) -> Response:
         return ask.html("session.html", tab="sessions", **await _shown(ask, history))
@@ -35,6 +39,7 @@ def add(tabs: Tabs) -> None:
 
     tabs.get("/sessions")(list_)
     tabs.get("/sessions/live")(live)
+    tabs.get("/sessions/ended")(ended)
     tabs.get("/sessions/{id}")(show)
     tabs.get("/sessions/{id}/live")(show_live)
     tabs.post("/sessions/{id}/stop")(stop)
@@ -48,14 +53,19 @@ async def stop(ask: Ask) -> Response:
     return ask.go("/sessions")
 
 
-async def _listed(ask: Ask, history: _History) -> dict[str, Any]:
-    rows = (await ask("session.list", all=True, usage=True))["sessions"]
-    live = [row for row in rows if row["ended_at"] is None]
+async def _live(ask: Ask, history: _History) -> dict[str, Any]:
+    live = (await ask("session.list", usage=True))["sessions"]
     for row in live:
-        row["samples"] = history.take(row["id"], row.get("usage"))
+        row["samples"] = history.take(row["id"], row["usage"])
+    return {"live": live}
+
+
+async def _ended(ask: Ask) -> dict[str, Any]:
+    """The newest of them; asked for less often, as there may be many."""
+    rows = (await ask("session.list", all=True))["sessions"]
     ended = [row for row in rows if row["ended_at"] is not None]
     ended.sort(key=lambda row: str(row["ended_at"]), reverse=True)
-    return {"live": live, "ended": ended[:_ENDED], "more": max(0, len(ended) - _ENDED)}
+    return {"ended": ended[:_ENDED], "more": max(0, len(ended) - _ENDED)}
 
 
 async def _shown(ask: Ask, history: _History) -> dict[str, Any]:

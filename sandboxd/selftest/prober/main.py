@@ -53,6 +53,8 @@ def main() -> int:
             plan = Plan.of({**json.load(file), "place": TOOL})
         _try_all(plan)
         return 0
+    if place == AGENT and os.environ.get("PROBE") == "nothing":
+        return 0  # only there so that the next one's sandbox is one that was ready
     if place == AGENT:
         return _agent()
     plan = Plan.of({**json.loads(sys.stdin.readline()), "place": place})
