@@ -34,6 +34,8 @@ __all__ = ["Berth", "Berths", "Bind", "make_directory"]
 #: Agents that have one ready, the most recently started ones; and seconds until it is given up.
 MOST_READY = 4
 READY_LIMIT = 300.0
+#: Seconds in which an agent begins undisturbed, before its next one's sandbox is built.
+_PAUSE = 0.004
 
 #: Makes the listening socket of a session at this path.
 Bind = Callable[[Path], socket.socket]
@@ -173,6 +175,8 @@ class Berths:
         try:
             with scope:
                 try:
+                    with trio.move_on_after(_PAUSE):
+                        await berth.taken.wait()
                     await self._furnish(berth, session)
                 finally:
                     berth.built.set()
