@@ -73,7 +73,7 @@ async def attend(
             stdout, stdout_end = descriptors.pipe(ours, given)
             stderr, stderr_end = descriptors.pipe(ours, given)
             process = await launcher.launch(
-                prepared.spec,
+                outlet.complete(prepared.spec),
                 stdin=descriptors.standard_input(prepared, given),
                 stdout=stdout_end,
                 stderr=stderr_end,

@@ -232,7 +232,7 @@ class Running:
                 outlet = given.enter_context(open_outlet(prepared.egress, self._who(), *way_out))
                 try:
                     process = await self._begin.launcher.launch(
-                        prepared.spec,
+                        outlet.complete(prepared.spec),
                         stdin=stdin_end,
                         stdout=stdout_end,
                         stderr=stderr_end,

@@ -24,6 +24,7 @@ import httpcore2
 import trio
 
 from sandboxd.egress.accept import serve_each
+from sandboxd.egress.answer import BROKEN, send_back
 from sandboxd.egress.forward import Headers, passed_on
 from sandboxd.egress.gate import Gate
 from sandboxd.egress.upstream import Upstream, tls_context
@@ -47,10 +48,7 @@ _STRIPPED = frozenset(
         b"x-forwarded-proto", b"x-real-ip",
     )
 )  # fmt: skip
-_NOT_BACK = frozenset((b"set-cookie", b"content-length", b"alt-svc", b"strict-transport-security"))
 _AMBIGUOUS = re.compile(r"//|/\.{1,2}(?:/|$)|\\|%2e|%2f|%5c|%00|[\x00-\x20\x7f]|#", re.IGNORECASE)
-#: Seconds that held-back bytes of a response may wait for more: a stream of events must flow.
-_RELAX = 0.05
 _WINDOW = 60.0
 
 
@@ -127,8 +125,7 @@ async def _one(client: Client, served: _Served) -> bool:
             rule = f"{served.gateway.source} gateway"
             await served.gate.refuse(served.gateway.destination, "gateway", rule, refused.message)
             await client.answer(refused.status, refused.message, refused.hint)
-    except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as failure:
-        # Of ours and of httpcore the text; none of them quotes a header.
+    except BROKEN as failure:
         await client.answer(502, f"{served.gateway.destination}: {failure}")
     except SandboxdError as failure:
         status = 403 if failure.code == "denied" else 503
@@ -167,7 +164,7 @@ async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
         response = await served.pool.handle_async_request(outgoing)
         try:
             status = response.status
-            await _back(client, response, redactor, secret)
+            await send_back(client, response, redactor, [secret])
         finally:
             with trio.CancelScope(shield=True):
                 await response.aclose()
@@ -228,71 +225,3 @@ def _headers(gateway: Gateway, request: h11.Request, secret: Secret) -> Headers:
 async def _body(client: Client) -> AsyncIterator[bytes]:
     while (piece := await client.body()) is not None:
         yield piece
-
-
-async def _back(
-    client: Client, response: httpcore2.Response, redactor: Redactor, secret: Secret
-) -> None:
-    encoding = dict(response.headers).get(b"content-encoding", b"identity").strip().lower()
-    if encoding not in (b"identity", b""):
-        raise Refused(502, "the upstream's answer is compressed, and can't be searched")
-    headers = [(n.lower(), v) for n, v in response.headers]
-    kept = [(n, v) for n, v in passed_on(headers) if n not in _NOT_BACK]
-    value = secret.reveal()
-    kept = [(n, v.replace(value, b"[redacted]")) for n, v in kept]
-    bodiless = response.status in (204, 304) or response.status < 200
-    if not bodiless and not any(name == b"transfer-encoding" for name, _ in kept):
-        kept.append((b"transfer-encoding", b"chunked"))
-    await client.send(h11.Response(status_code=response.status, headers=kept))
-    await _stream_back(client, response, redactor)
-    await client.send(h11.EndOfMessage())
-
-
-async def _stream_back(client: Client, response: httpcore2.Response, redactor: Redactor) -> None:
-    """Pass the body on as it comes, what may be the beginning of the credential a moment later.
-
-    Raises BrokenResourceError when either side breaks off: the answer has begun, and the client
-    learns by the end of its connection that it isn't whole.
-    """
-    sender, receiver = trio.open_memory_channel[bytes](0)
-    broken = False
-
-    async def read() -> None:
-        nonlocal broken
-        async with sender:
-            try:
-                async for piece in response.aiter_stream():
-                    await sender.send(piece)
-            except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError):
-                broken = True
-
-    async def send(data: bytes) -> None:
-        if data:
-            await client.send(h11.Data(data=data))
-
-    try:
-        async with trio.open_nursery() as nursery, receiver:
-            nursery.start_soon(read)
-            while True:
-                piece = None
-                with trio.move_on_after(_RELAX) as waited:
-                    piece = await _next(receiver)
-                if waited.cancelled_caught:
-                    await send(redactor.relax())
-                    piece = await _next(receiver)
-                if piece is None:
-                    break
-                await send(redactor.feed(piece))
-            await send(redactor.flush())
-    except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-        broken = True
-    if broken:
-        raise trio.BrokenResourceError("the answer broke off")
-
-
-async def _next(receiver: trio.MemoryReceiveChannel[bytes]) -> bytes | None:
-    """The next piece; None at the end."""
-    try:
-        return await receiver.receive()
-    except trio.EndOfChannel:
-        return None

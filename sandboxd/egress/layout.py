@@ -9,14 +9,23 @@ from __future__ import annotations
 from sandboxd.isolation.listeners import Listener
 from sandboxd.policy.egress import PROXY_PORT, EgressTerms, Relay
 
-__all__ = ["PROXY", "environment", "listeners", "relayed"]
+__all__ = ["AUTHORITIES", "PROXY", "environment", "listeners", "relayed", "trusting"]
+
+#: Where a sandbox with placeholders finds the authorities to trust, the system's among them.
+AUTHORITIES = "/run/sandboxd/authorities.pem"
+#: The variables by which programs are told of such a file: OpenSSL and what uses it, curl, git,
+#: Python's requests, pip, npm, Node.js, cargo, AWS's tools, Deno.
+_TRUST = (
+    "SSL_CERT_FILE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "REQUESTS_CA_BUNDLE", "PIP_CERT",
+    "npm_config_cafile", "NODE_EXTRA_CA_CERTS", "CARGO_HTTP_CAINFO", "AWS_CA_BUNDLE", "DENO_CERT",
+)  # fmt: skip
 
 PROXY = Listener("127.0.0.1", PROXY_PORT)
 
 
 def listeners(terms: EgressTerms) -> tuple[Listener, ...]:
     """The proxy where hosts are allowed, then one for each relay and gateway in order."""
-    proxy = (PROXY,) if terms.egress.allow else ()
+    proxy = (PROXY,) if terms.egress.proxied else ()
     gateways = (Listener(PROXY.address, one.port) for one in terms.egress.gateways)
     return (*proxy, *(listener for listener, _ in relayed(terms)), *gateways)
 
@@ -40,13 +49,18 @@ def environment(terms: EgressTerms) -> dict[str, str]:
     found: dict[str, str] = {}
     for gateway in terms.egress.gateways:
         found |= gateway.variables
-    if not terms.egress.allow:
+    if not terms.egress.proxied:
         return found
     url = f"http://{PROXY.address}:{PROXY.port}"
     direct = ",".join(dict.fromkeys(("localhost", "127.0.0.1", *_names(terms))))
     for name, value in (("HTTP_PROXY", url), ("HTTPS_PROXY", url), ("NO_PROXY", direct)):
         found[name] = found[name.lower()] = value
     return {**found, "NODE_USE_ENV_PROXY": "1"}  # Node.js reads them only then
+
+
+def trusting() -> dict[str, str]:
+    """The variables by which programs trust what is in :data:`AUTHORITIES`."""
+    return dict.fromkeys(_TRUST, AUTHORITIES)
 
 
 def _names(terms: EgressTerms) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,17 @@ import trio
 from sandboxd.egress.dial import Dialer
 from sandboxd.egress.gate import Bounds, Gate, Record
 from sandboxd.egress.gateway import Credential, serve_gateway
-from sandboxd.egress.layout import listeners, relayed
+from sandboxd.egress.intercept import Interception, Stand, token
+from sandboxd.egress.layout import AUTHORITIES, listeners, relayed, trusting
 from sandboxd.egress.proxy import serve_proxy
 from sandboxd.egress.relay import serve_relay
 from sandboxd.errors import Denied
 from sandboxd.isolation.listeners import take
+from sandboxd.isolation.wire import FileSpec, LaunchSpec
 from sandboxd.policy.egress import EgressTerms
 from sandboxd.policy.gateways import Gateway
-from sandboxd.vault.vault import Snapshot, Vault
+from sandboxd.policy.placeholders import Placeholder
+from sandboxd.vault.vault import Sealed, Snapshot, Vault
 
 __all__ = ["Outlet", "open_outlet"]
 
@@ -39,6 +42,7 @@ class Outlet:
     dialer: Dialer
     explain: str
     credentials: Mapping[str, Credential]
+    interception: Interception | None = None
     bounds: Bounds = field(default_factory=Bounds)
     _inlet: socket.socket | None = field(default=None, repr=False)
     _outlet: socket.socket | None = field(default=None, repr=False)
@@ -59,15 +63,33 @@ class Outlet:
         while self._made:
             self._made.pop().close()
 
+    def complete(self, spec: LaunchSpec) -> LaunchSpec:
+        """The launch with placeholders, and with the authority that vouches for their hosts."""
+        if self.interception is None:
+            return spec
+        environment = {**dict(spec.env), **self.environment}
+        file = FileSpec(AUTHORITIES, self.interception.authority.bundle(), 0o444)
+        return replace(spec, env=tuple(environment.items()), files=(*spec.files, file))
+
+    @property
+    def environment(self) -> dict[bytes, bytes]:
+        """The variables of placeholders, and those by which programs trust their hosts here."""
+        if self.interception is None:
+            return {}
+        stands = self.interception.stands
+        own = {stand.placeholder.variable.encode(): stand.token for stand in stands}
+        return own | {name.encode(): path.encode() for name, path in trusting().items()}
+
     async def serve(self) -> None:
         """Serve what :meth:`take` took, until cancelled; the sockets are closed then."""
         made, self._made = self._made, []
         for one in made:
             one.setblocking(False)
         accepting = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in made]
-        async with trio.open_nursery() as nursery:
-            if made and self.terms.egress.allow:
-                nursery.start_soon(serve_proxy, accepting.pop(0), self._gate(self.terms.lists))
+        async with self._intercepting(), trio.open_nursery() as nursery:
+            if made and self.terms.egress.proxied:
+                gate = self._gate(self.terms.lists)
+                nursery.start_soon(serve_proxy, accepting.pop(0), gate, self.interception)
             for _, relay in relayed(self.terms) if made else ():
                 gate = self._gate(self.terms.of(relay))
                 nursery.start_soon(serve_relay, accepting.pop(0), gate, relay.destination)
@@ -75,6 +97,9 @@ class Outlet:
                 gate = self._gate(self.terms.of(gateway))
                 held = self.credentials[gateway.secret]
                 nursery.start_soon(serve_gateway, accepting.pop(0), gateway, gate, held)
+
+    def _intercepting(self) -> AbstractAsyncContextManager[None]:
+        return self.interception.open() if self.interception is not None else nullcontext()
 
     def _gate(self, lists: Any) -> Gate:
         return Gate(lists, self.who, self.record, self.dialer, self.explain, self.bounds)
@@ -94,7 +119,9 @@ def open_outlet(
     credentials: dict[str, Credential] = {
         one.secret: _credential(one, vault, snapshot) for one in terms.egress.gateways
     }
-    outlet = Outlet(terms, who, record, Dialer(), explain, credentials)
+    stands = tuple(_stand(one, vault, snapshot) for one in terms.egress.placeholders)
+    interception = Interception(stands) if stands else None
+    outlet = Outlet(terms, who, record, Dialer(), explain, credentials, interception)
     if not listeners(terms):
         yield outlet
         return
@@ -105,11 +132,22 @@ def open_outlet(
 
 
 def _credential(gateway: Gateway, vault: Vault, snapshot: Snapshot) -> Credential:
-    sealed = snapshot.variables.get(gateway.secret)
+    sealed = _sealed(gateway.secret, f"{gateway.source} gateway", snapshot)
+    return Credential(sealed.name, sealed.version, partial(vault.unseal, sealed))
+
+
+def _stand(placeholder: Placeholder, vault: Vault, snapshot: Snapshot) -> Stand:
+    sealed = _sealed(placeholder.secret, f"{placeholder.source} placeholder", snapshot)
+    reveal = partial(vault.unseal, sealed)
+    return Stand(placeholder, token().encode(), sealed.name, sealed.version, reveal)
+
+
+def _sealed(name: str, rule: str, snapshot: Snapshot) -> Sealed:
+    sealed = snapshot.variables.get(name)
     if sealed is None:
         raise Denied(
-            f"agent {snapshot.agent} has no variable {gateway.secret}, which a gateway adds",
-            rule=f"{gateway.source} gateway",
-            hint=f"set it: sandboxctl env set {snapshot.agent} {gateway.secret}",
+            f"agent {snapshot.agent} has no variable {name}, which its way out adds",
+            rule=rule,
+            hint=f"set it: sandboxctl env set {snapshot.agent} {name}",
         )
-    return Credential(sealed.name, sealed.version, partial(vault.unseal, sealed))
+    return sealed

@@ -8,6 +8,7 @@ form. A refusal is an answer, with the rule and what to run, never a hang.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import NoReturn
 
 import h11
@@ -17,8 +18,9 @@ from sandboxd.egress.accept import serve_each
 from sandboxd.egress.forward import forward, headers_for
 from sandboxd.egress.gate import Connection, Gate
 from sandboxd.egress.hello import ClientHello
+from sandboxd.egress.intercept import Interception
 from sandboxd.egress.pump import pump
-from sandboxd.egress.wire import Client, Refused
+from sandboxd.egress.wire import Begun, Client, Refused
 from sandboxd.errors import Denied, Invalid, SandboxdError, Unavailable
 from sandboxd.policy.destinations import Destination, destination, split_authority
 
@@ -27,32 +29,45 @@ __all__ = ["serve_proxy"]
 _TLS_PORT = 443
 
 
-async def serve_proxy(listener: trio.SocketListener, gate: Gate) -> NoReturn:
+async def serve_proxy(
+    listener: trio.SocketListener, gate: Gate, interception: Interception | None = None
+) -> NoReturn:
     """Serve one sandbox until cancelled. Clients beyond the gate's bound wait to be accepted.
 
-    The listener is closed then.
+    The listener is closed then. Tunnels to hosts that ``interception`` covers end here.
     """
 
     async def one(stream: trio.SocketStream) -> None:
-        client = Client(stream, gate.bounds)
+        served = _Served(Client(stream, gate.bounds), stream, gate, interception)
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while await _one(client, gate):
+            while await _one(served):
                 pass
 
     await serve_each(listener, one, gate.bounds.connections)
 
 
-async def _one(client: Client, gate: Gate) -> bool:
+@dataclass(frozen=True)
+class _Served:
+    """A client on its connection."""
+
+    client: Client
+    stream: trio.SocketStream
+    gate: Gate
+    interception: Interception | None
+
+
+async def _one(served: _Served) -> bool:
     """One request and its answer; whether another may follow on the connection."""
+    client, gate = served.client, served.gate
     try:
         try:
             request = await client.request()
             if request is None:
                 return False
             if request.method == b"CONNECT":
-                await _tunnel(client, gate, request)
+                await _tunnel(served, request)
                 return False
-            await _plain(client, gate, request)
+            await _plain(served, request)
         except Refused as refused:
             await gate.refuse(None, "http", "the proxy's protocol", refused.message)
             await client.answer(refused.status, refused.message, refused.hint)
@@ -66,13 +81,19 @@ async def _one(client: Client, gate: Gate) -> bool:
     return await client.next()
 
 
-async def _tunnel(client: Client, gate: Gate, request: h11.Request) -> None:
+async def _tunnel(served: _Served, request: h11.Request) -> None:
+    client, gate = served.client, served.gate
     wanted = _destination(request.target.decode("latin-1"), None)
+    if served.interception is not None and served.interception.covers(wanted):
+        await gate.admit(wanted, "placeholder")
+        rest = await client.tunnel()
+        await served.interception.serve(Begun(served.stream, rest), gate, wanted)
+        return
     connection = await gate.open(wanted, "connect")
     outcome = "closed"
     try:
         rest = await client.tunnel()
-        outcome = await _checked(client, gate, connection, rest)
+        outcome = await _checked(served, connection, rest)
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         outcome = "reset"
     except trio.Cancelled:
@@ -82,18 +103,18 @@ async def _tunnel(client: Client, gate: Gate, request: h11.Request) -> None:
         await gate.close(connection, outcome)
 
 
-async def _checked(client: Client, gate: Gate, connection: Connection, first: bytes) -> str:
+async def _checked(served: _Served, connection: Connection, first: bytes) -> str:
     """Pass the tunnel's bytes on once its first ones ask for the host that was allowed."""
-    wanted = connection.destination
+    gate, wanted = served.gate, connection.destination
     if not first and wanted.port != _TLS_PORT:
         # The server may have to speak first (SSH, SMTP); what the client says then is not TLS's
         # first message, or is so by an upgrade within its own protocol.
-        return await pump(client.stream, connection, gate.bounds)
+        return await pump(served.stream, connection, gate.bounds)
     hello, held = ClientHello(), bytearray()
     with trio.move_on_after(gate.bounds.head):
         while not hello.done:
             if not first:
-                first = await client.stream.receive_some(64 << 10)
+                first = bytes(await served.stream.receive_some(64 << 10))
                 if not first:
                     return "closed"
             held += first
@@ -105,7 +126,7 @@ async def _checked(client: Client, gate: Gate, connection: Connection, first: by
         return "refused"
     await connection.stream.send_all(bytes(held))
     connection.sent += len(held)
-    return await pump(client.stream, connection, gate.bounds)
+    return await pump(served.stream, connection, gate.bounds)
 
 
 def _mismatch(hello: ClientHello, wanted: Destination) -> str:
@@ -121,7 +142,8 @@ def _mismatch(hello: ClientHello, wanted: Destination) -> str:
     return ""
 
 
-async def _plain(client: Client, gate: Gate, request: h11.Request) -> None:
+async def _plain(served: _Served, request: h11.Request) -> None:
+    client, gate = served.client, served.gate
     target = request.target.decode("latin-1")
     if not target.lower().startswith("http://"):
         raise Refused(
@@ -135,6 +157,10 @@ async def _plain(client: Client, gate: Gate, request: h11.Request) -> None:
     wanted = _destination(authority, 80)
     method = request.method.decode("latin-1")
     headers = headers_for(request, authority)
+    if served.interception is not None and served.interception.foreign(
+        b"\n".join((bytes(request.target), *(value for _, value in headers)))
+    ):
+        raise Refused(403, "the request holds a placeholder, and isn't to its host by TLS")
     connection = await gate.open(wanted, "http", method)
     outcome = "closed"
     try:

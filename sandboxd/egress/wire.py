@@ -10,7 +10,7 @@ import trio
 
 from sandboxd.egress.gate import Bounds
 
-__all__ = ["MAX_HEAD", "Client", "Refused"]
+__all__ = ["MAX_HEAD", "Begun", "Client", "Refused"]
 
 #: Longest head of a request or response, in bytes.
 MAX_HEAD = 64 << 10
@@ -30,7 +30,7 @@ class Client:
     BrokenResourceError: the client went away.
     """
 
-    def __init__(self, stream: trio.SocketStream, bounds: Bounds) -> None:
+    def __init__(self, stream: trio.abc.Stream, bounds: Bounds) -> None:
         self.stream, self._bounds = stream, bounds
         self._wire = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
 
@@ -113,6 +113,30 @@ class Client:
             if event is h11.NEED_DATA:
                 if self._wire.they_are_waiting_for_100_continue:
                     await self.send(h11.InformationalResponse(status_code=100, headers=[]))
-                self._wire.receive_data(await self.stream.receive_some(64 << 10))
+                self._wire.receive_data(bytes(await self.stream.receive_some(64 << 10)))
                 continue
             return event  # type: ignore[return-value]
+
+
+class Begun(trio.abc.Stream):
+    """A stream of which ``first`` was read already."""
+
+    def __init__(self, stream: trio.SocketStream, first: bytes) -> None:
+        self._stream, self._first = stream, first
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._first:
+            await trio.lowlevel.checkpoint()
+            size = max_bytes or len(self._first)
+            first, self._first = self._first[:size], self._first[size:]
+            return first
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -115,6 +115,7 @@ async def start(
                     "setup_failed",
                     f"setup command {number} ended with status {done['exitCode']}{words}",
                 )
+        await trio.lowlevel.checkpoint()  # who left meanwhile does not know of it
     except BaseException:
         with trio.move_on_after(30, shield=True):
             await _stop_quietly(daemon, principal, id)

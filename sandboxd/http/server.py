@@ -355,6 +355,8 @@ class _Exchange:
         out = b""
         if self.h11.our_state is h11.SEND_RESPONSE:
             headers = [(bytes(n), bytes(v)) for n, v in self.start.get("headers", ())]
+            if not more:
+                self._skip_what_came()
             # A body that nobody read stands before the next request: there is none on this one.
             unread = self.h11.their_state is h11.SEND_BODY
             if unread or self.connection.server.stopping:
@@ -369,6 +371,13 @@ class _Exchange:
             self.ended = True
         if out:
             await self._quietly(self.connection.write(out))
+
+    def _skip_what_came(self) -> None:
+        """Pass over a body that nobody wants, as far as it is here: the connection can go on."""
+        with contextlib.suppress(h11.RemoteProtocolError):
+            while self.h11.their_state is h11.SEND_BODY:
+                if self.h11.next_event() is h11.NEED_DATA:
+                    return
 
     async def _quietly(self, writing: Awaitable[None]) -> None:
         try:

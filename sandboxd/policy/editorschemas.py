@@ -59,6 +59,7 @@ _SECTIONS = {
     "DestinationRule": "allow in egress",
     "Relay": "relays in egress",
     "Gateway": "gateways in egress",
+    "Placeholder": "placeholders in egress",
     "Team": "teams",
     "HttpSettings": "http",
     "HttpLimits": "http limits",

@@ -22,6 +22,7 @@ from sandboxd.policy.destinations import (
     read_address,
 )
 from sandboxd.policy.gateways import Gateway, check_gateways, completed
+from sandboxd.policy.placeholders import Placeholder, check_placeholders, placed_placeholders
 from sandboxd.policy.problems import Problems
 from sandboxd.policy.yamlpos import Document
 
@@ -85,10 +86,16 @@ class Egress:
     allow: tuple[DestinationRule, ...] = ()
     relays: tuple[Relay, ...] = ()
     gateways: tuple[Gateway, ...] = ()
+    placeholders: tuple[Placeholder, ...] = ()
 
     @property
     def stated(self) -> bool:
-        return bool(self.allow or self.relays or self.gateways)
+        return bool(self.allow or self.relays or self.gateways or self.placeholders)
+
+    @property
+    def proxied(self) -> tuple[DestinationRule, ...]:
+        """What the proxy reaches; there is one where this isn't empty."""
+        return (*self.allow, *(rule for one in self.placeholders for rule in one.rules))
 
 
 @attrs.frozen
@@ -101,7 +108,7 @@ class EgressTerms:
     @property
     def lists(self) -> tuple[tuple[DestinationRule, ...], ...]:
         """The lists by which the proxy decides."""
-        return (self.egress.allow, *self.bounds)
+        return (self.egress.proxied, *self.bounds)
 
     def of(self, entry: Relay | Gateway) -> tuple[tuple[DestinationRule, ...], ...]:
         """The lists by which a relay or a gateway is decided."""
@@ -131,6 +138,11 @@ def egress_lines(terms: EgressTerms) -> list[str]:
         _line(one.rule, f"gateway 127.0.0.1:{one.port}, {one.secret} in {one.style[0]}, to ")
         for one in terms.egress.gateways
     ]
+    lines += [
+        _line(rule, f"placeholder {one.variable} for {one.secret}, at ")
+        for one in terms.egress.placeholders
+        for rule in one.rules
+    ]
     for bounds in terms.bounds if lines else ():
         names = ", ".join(_line(rule, "") for rule in bounds)
         lines.append(f"within: {names or 'nothing, by the policy'}")
@@ -152,6 +164,7 @@ def placed(egress: Egress, document: Document, label: str) -> Egress:
             for n, relay in enumerate(egress.relays)
         ),
         completed(egress.gateways, document, label),
+        placed_placeholders(egress.placeholders, document, label),
     )
 
 
@@ -175,6 +188,7 @@ def check_egress(egress: Egress, network: str, document: Document, problems: Pro
             "leave network out: what egress names is reached without a network",
         )
     check_gateways(egress.gateways, document, problems)
+    check_placeholders(egress.placeholders, document, problems)
     for index, gateway in enumerate(egress.gateways):
         if gateway.port == PROXY_PORT:
             problems.add(

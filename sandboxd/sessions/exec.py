@@ -241,7 +241,7 @@ def _spec(
     if not argv or not argv[0]:
         raise Invalid("there is no program to run")
     own = agent_spec(session, bridge=b"")
-    env = dict(own.env)
+    env = {**dict(own.env), **session.way_out}
     for name, value in environment.items():
         if reason := loader_reason(variable_name(name)):
             raise Invalid(

@@ -412,6 +412,7 @@ class Manager:
         try:
             spec = agent_spec(session, bridge=self._bridge, term=request.term)
             with self._records.outlet(session) as outlet:
+                session.way_out, spec = outlet.environment, outlet.complete(spec)
                 extra = (*([session.overlay] if session.overlay >= 0 else ()), *outlet.fds)
                 await both(
                     partial(self._records.started, session, number),

@@ -56,6 +56,8 @@ class Session:
     started_at: float = field(default_factory=time.time)
     #: The mount namespace that holds the copy-on-write view of the workspace; -1: there is none.
     overlay: int = -1
+    #: Variables that its way out adds to the agent's environment.
+    way_out: Mapping[bytes, bytes] = field(default_factory=dict)
     #: The session's own broker socket, listening.
     listener: socket.socket | None = None
     process: Process | None = None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +13,8 @@ from typing import Any
 import h11
 import pytest
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from egress_support import LOOPBACK, Names, Records, all_of, until
+from egress_upstream import HOST, Upstream, say
 
 from sandboxd.egress.dial import Dialer
 from sandboxd.egress.gate import Bounds, Gate
@@ -31,94 +26,7 @@ from sandboxd.policy.gateways import Gateway
 from sandboxd.policy.values import AbsolutePath, Count, VariableName, WebAddress
 from sandboxd.secret import Secret
 
-HOST = "api.model.test"
 KEY = b"sk-test-0123456789abcdefghij"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``ca.pem``, and ``server.pem`` for HOST signed by it."""
-    folder = tmp_path_factory.mktemp("authority")
-    now = datetime.datetime.now(datetime.UTC)
-
-    def certificate(
-        name: str, key: ec.EllipticCurvePrivateKey, issuer: tuple[x509.Name, Any], ca: bool
-    ) -> x509.Certificate:
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer[0] if issuer[1] is not key else subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        )
-        if not ca:
-            names = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(issuer[1], hashes.SHA256())
-
-    root_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    nobody = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
-    root = certificate("root", root_key, (nobody, root_key), ca=True)
-    leaf = certificate(HOST, key, (root.subject, root_key), ca=False)
-    pem = serialization.Encoding.PEM
-    (folder / "ca.pem").write_bytes(root.public_bytes(pem))
-    private = key.private_bytes(
-        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (folder / "server.pem").write_bytes(leaf.public_bytes(pem) + private)
-    return folder
-
-
-@dataclass
-class Upstream:
-    """What the upstream saw, and how it answers."""
-
-    answer: Callable[[Any, h11.Connection], Awaitable[None]] | None = None
-    requests: list[tuple[h11.Request, bytes]] = field(default_factory=list)
-    connections: int = 0
-
-    async def serve(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
-        self.connections += 1
-        wire = h11.Connection(h11.SERVER)
-        request, body = None, b""
-        try:
-            while True:
-                event = wire.next_event()
-                if event is h11.NEED_DATA:
-                    wire.receive_data(await stream.receive_some())
-                elif isinstance(event, h11.Request):
-                    request, body = event, b""
-                elif isinstance(event, h11.Data):
-                    body += event.data
-                elif isinstance(event, h11.EndOfMessage):
-                    assert request is not None
-                    self.requests.append((request, body))
-                    if self.answer is not None:
-                        await self.answer(stream, wire)
-                    else:
-                        await say(stream, wire, 200, b"hello")
-                    wire.start_next_cycle()
-                else:
-                    return
-        except (trio.BrokenResourceError, h11.ProtocolError):
-            return
-
-
-async def say(
-    stream: Any, wire: h11.Connection, status: int, *pieces: bytes, **headers: str
-) -> None:
-    """A whole answer, each piece in a message of its own."""
-    named = [(n.replace("_", "-"), v) for n, v in headers.items()]
-    if pieces:
-        named.append(("transfer-encoding", "chunked"))
-    await stream.send_all(wire.send(h11.Response(status_code=status, headers=named)))
-    for piece in pieces:
-        await stream.send_all(wire.send(h11.Data(data=piece)))
-    await stream.send_all(wire.send(h11.EndOfMessage()))
 
 
 @dataclass

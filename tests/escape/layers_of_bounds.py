@@ -118,8 +118,8 @@ BOUNDS: tuple[Layer, ...] = (
         (
             Change(
                 "sandboxd/broker/launch.py",
-                "    environment = dict(_BASE)\n",
-                "    environment = {**os.environ, **dict(_BASE)}\n",
+                "    environment = {**dict(_BASE), ",
+                "    environment = {**os.environ, **dict(_BASE), ",
             ),
         ),
         ("unix sockets",),

@@ -215,6 +215,18 @@ async def test_an_answer_before_the_body_was_read_arrives_whole() -> None:
     assert b"too large" in got
 
 
+async def test_an_unread_body_that_is_here_lets_the_connection_go_on() -> None:
+    refused = b"POST /unread HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\nhi"
+    late = b"POST /unread HTTP/1.1\r\n" + HEAD + b"Content-Length: 2\r\n\r\n"
+    fine = b"GET /b HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n"
+    async with serving(App()) as address:
+        got = await ask(address, refused + fine)
+        assert got.startswith(b"HTTP/1.1 413")
+        assert got.endswith(b"GET /b ")
+        # Where the rest is still on its way, the client is told not to count on the connection.
+        assert b"connection: close" in (await ask(address, late)).lower()
+
+
 async def test_a_client_that_does_not_read_is_given_up() -> None:
     app = App()
     async with serving(app) as address, await trio.open_tcp_stream(*address) as stream:

@@ -35,7 +35,8 @@ class Remote:
 
     @property
     def options(self) -> list[str]:
-        return ["--server", self.daemon.url, "--key-file", str(self.file)]
+        ca = str(self.daemon.base / "ca.pem")
+        return ["--server", self.daemon.url, "--key-file", str(self.file), "--ca", ca]
 
     def __call__(
         self, *args: str, status: int | None = 0, plain: bool = False, **environ: str
@@ -68,7 +69,10 @@ class Remote:
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[RealDaemon]:
     with directories() as made:
-        made.http()
+        for file in make_certificates(made.base):
+            file.chmod(0o600)
+        server = made.base / "server.pem"
+        made.http(f"listen: 127.0.0.1:0\ntls: {{certificate: {server}, key: {server}}}")
         made.agent("hello", "echo out; echo err >&2; exit 3")
         made.agent("patient", "trap 'echo told; exit 7' INT; echo begun; while :; do sleep 1; done")
         made.write(
@@ -207,15 +211,18 @@ def test_a_stream_ends_with_its_key_and_says_so(daemon: RealDaemon) -> None:
 
 def test_the_key_is_read_from_a_private_file_or_the_environment(operator: Remote) -> None:
     url = operator.daemon.url
-    assert "role" in operator("status", "--json", plain=True, SANDBOXD_SERVER=url,
-                              SANDBOXD_API_KEY=operator.key).stdout  # fmt: skip
+    ca = operator.options[4:]
+    got = operator(*ca, "status", plain=True, SANDBOXD_SERVER=url, SANDBOXD_API_KEY=operator.key)
+    assert "operator of team default" in got.stdout
     # A file goes before the environment.
     operator("status", SANDBOXD_API_KEY="an_sk_" + "0" * 64)
     done = operator("--server", url, "status", plain=True, status=4)
     assert "no API key" in done.stderr
     assert "--key-file FILE, or SANDBOXD_API_KEY" in done.stderr
-    done = operator("--server", url, "status", plain=True, status=4, SANDBOXD_API_KEY="an_sk_0")
-    assert "not valid" in done.stderr or "invalid" in done.stderr
+    done = operator(
+        "--server", url, *ca, "status", plain=True, status=4, SANDBOXD_API_KEY="an_sk_0"
+    )
+    assert "is not valid" in done.stderr
     done = operator("--server", url, "status", plain=True, status=2, SANDBOXD_API_KEY="two words")
     assert "holds no API key" in done.stderr
 
@@ -263,10 +270,11 @@ def test_names_are_completed_over_http(operator: Remote, tmp_path: Path) -> None
     program = tmp_path / "sandboxctl"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m sandboxd.cli "$@"\n')
     program.chmod(0o755)
-    host, port = operator.daemon.url.removeprefix("http://").split(":")
+    host, port = operator.daemon.url.removeprefix("https://").split(":")
     # As bash cuts it: COMP_WORDBREAKS has the colon.
-    words = f"sandboxctl --server http : //{host} : {port} --key-file {operator.file} run h".split()
-    for given in (words, ["sandboxctl", f"--server={operator.daemon.url}", *words[7:]]):
+    rest = [*operator.options[2:], "run", "h"]
+    words = ["sandboxctl", "--server", "https", ":", f"//{host}", ":", port, *rest]
+    for given in (words, ["sandboxctl", f"--server={operator.daemon.url}", *rest]):
         code = (
             f"source {script}; COMP_WORDS=({' '.join(map(repr, given))})\n"
             f'COMP_CWORD={len(given) - 1}; __sandboxctl; echo "${{COMPREPLY[*]}}"\n'
@@ -291,6 +299,7 @@ def test_the_request_that_the_document_shows_works(operator: Remote, tmp_path: P
     (tmp_path / "ann.key").write_text(operator.key)
     command = shown.replace("http://127.0.0.1:7621", operator.daemon.url)
     assert command != shown
+    command = command.replace("curl", f"curl --cacert {operator.options[5]}")
     done = subprocess.run(
         ["sh", "-c", command.replace("reporter", "hello")],
         cwd=tmp_path,
@@ -302,16 +311,11 @@ def test_the_request_that_the_document_shows_works(operator: Remote, tmp_path: P
     assert [row["name"] for row in json.loads(done.stdout)["variables"]] == ["TOKEN"]
 
 
-def test_the_certificate_of_a_server_is_checked() -> None:
-    with directories() as daemon:
-        ca, certificate = make_certificates(daemon.base)
-        for file in (ca, certificate):
-            file.chmod(0o600)
-        daemon.http(f"listen: 127.0.0.1:0\ntls: {{certificate: {certificate}, key: {certificate}}}")
-        daemon.start()
-        remote = Remote(daemon, "viewer")
-        refused = remote("status", status=4)
-        assert "is not to be trusted" in refused.stderr
-        assert "--ca FILE" in refused.stderr
-        got = remote("--ca", str(ca), "status", "--json")
-        assert json.loads(got.stdout)["role"] == "viewer"
+def test_the_certificate_of_a_server_is_checked(operator: Remote) -> None:
+    assert operator.daemon.url.startswith("https://")
+    without = operator.options[:4]
+    refused = operator(*without, "status", plain=True, status=4)
+    assert "is not to be trusted" in refused.stderr
+    assert "--ca FILE" in refused.stderr
+    got = operator("status", "--json")
+    assert json.loads(got.stdout)["role"] == "operator"

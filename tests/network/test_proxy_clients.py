@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from real_daemon import RealDaemon
@@ -53,6 +54,18 @@ HOSTS = ("api.example.com", "git.example.com", "pypi.test.example", "npm.test.ex
 def agent(
     daemon: RealDaemon, script: str, certificate: Path, packages: Path, *allowed: str
 ) -> None:
+    rules = [{"host": host, "ports": [80, 443]} for host in allowed]
+    agent_file(daemon, script, certificate, packages, {"allow": rules})
+
+
+def agent_file(
+    daemon: RealDaemon,
+    script: str,
+    certificate: Path,
+    packages: Path,
+    egress: dict[str, Any],
+) -> None:
+    """An agent ``clients`` that runs ``script`` with all the clients there are."""
     node = Path(shutil.which("node") or "").resolve().parents[1]
     names = dict(zip(("API", "GIT", "PYPI", "NPM"), HOSTS, strict=True))
     environment = {
@@ -64,10 +77,9 @@ def agent(
     if not node.is_relative_to("/usr"):
         mounts.append({"source": str(node), "target": str(node)})
         exports += f"\nexport PATH=$PATH:{node}/bin"
-    rules = [{"host": host, "ports": [80, 443]} for host in allowed]
     daemon.agent(
         "clients", exports + script, policy="agent", mounts=json.dumps(mounts),
-        egress=json.dumps({"allow": rules}), limits="{memory: 8G, processes: 256, files: 4096}",
+        egress=json.dumps(egress), limits="{memory: 8G, processes: 256, files: 4096}",
     )  # fmt: skip
 
 

@@ -20,6 +20,17 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         found = (top / relative).resolve()
         return str(found if found.is_relative_to(top) else top / "none")
 
+    def do_GET(self) -> None:
+        """/echo tells what the request's X-Key is; other paths are files."""
+        if self.path.partition("?")[0] != "/echo":
+            return super().do_GET()
+        body = f"{self.headers.get('x-key')}\n".encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        return None
+
     def log_message(self, *_: object) -> None:
         pass
 

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from sandboxd.paths import shipped
-from sandboxd.policy import Config, decide, destinations, egress, gateways, load_config, model
+from sandboxd.policy import (
+    Config,
+    decide,
+    destinations,
+    egress,
+    gateways,
+    load_config,
+    model,
+    placeholders,
+)
 from sandboxd.policy.policyfile import PolicyFile, RuleFile
 from sandboxd.policy.structure import keys_of
 
@@ -97,6 +106,7 @@ def test_the_example_policy_does_what_it_says(
         ("allow in egress", destinations.DestinationRule),
         ("relays in egress", egress.Relay),
         ("gateways in egress", gateways.Gateway),
+        ("placeholders in egress", placeholders.Placeholder),
         ("policies/NAME.yaml", PolicyFile),
         ("rules", RuleFile),
     ],

@@ -138,6 +138,13 @@ def test_egress_that_no_policy_bounds_is_an_error_with_its_line(tmp_path: Path) 
         ),
         ("{gateways: [{port: 1, secret: K, preset: openai, scheme: basic}]}", "belong together"),
         ("{gateways: [{port: 1, secret: K, preset: openai, paths: [v1]}]}", "expected a path"),
+        ("{placeholders: [{secret: K, hosts: []}]}", "expected at least one host"),
+        ("{placeholders: [{secret: K, hosts: ['*.a.org']}]}", "is not the name of one host"),
+        ("{placeholders: [{secret: K, hosts: ['93.184.216.34']}]}", "is not the name of one host"),
+        (
+            "{placeholders: [{secret: K, hosts: [a.org]}, {secret: L, as: K, hosts: [b.org]}]}",
+            "K is another placeholder's",
+        ),
         ("{gateways: [{port: 1, secret: K, preset: opnai}]}", "expected anthropic or openai"),
     ],
 )
