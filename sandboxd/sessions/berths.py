@@ -34,6 +34,8 @@ __all__ = ["Berth", "Berths", "Bind", "make_directory"]
 #: Agents that have one ready, the most recently started ones; and seconds until it is given up.
 MOST_READY = 4
 READY_LIMIT = 300.0
+#: Seconds in which an agent begins undisturbed, before its next one's sandbox is built.
+_PAUSE = 0.004
 
 #: Makes the listening socket of a session at this path.
 Bind = Callable[[Path], socket.socket]
@@ -52,13 +54,17 @@ class Berth:
     #: Its sandbox, which waits for a program; and what it was built from.
     process: Process | None = None
     key: object = None
+    #: Set when it is there or can't be; None: nobody builds it beforehand.
+    built: trio.Event | None = None
     taken: trio.Event = field(default_factory=trio.Event)
 
     async def vacate(self) -> None:
         """End the sandbox, and with it whatever is in there."""
-        process, self.process, self.key = self.process, None, None
-        if process is not None:
-            with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True):
+            if self.built is not None:
+                await self.built.wait()
+            process, self.process, self.key = self.process, None, None
+            if process is not None:
                 try:
                     await process.kill()
                     await process.wait()
@@ -92,7 +98,7 @@ class Berths:
         self._closed = False
 
     def take(self, agent: str) -> Berth:
-        """A berth for a session of ``agent``: the one that is ready, or a new one, still empty.
+        """A berth for a session of ``agent``: one that is or gets ready, or a new one, still empty.
 
         :meth:`release` gives it back.
         """
@@ -121,6 +127,8 @@ class Berths:
         it is what would be built now. ``streams`` are those of the program to come.
         """
         vacant = _vacant(spec)
+        if berth.built is not None:
+            await berth.built.wait()
         if berth.key is not None and berth.key != spare_key(vacant):
             await berth.vacate()
         if berth.process is None:
@@ -162,10 +170,16 @@ class Berths:
 
     async def _tend(self, agent: str, session: Session, scope: trio.CancelScope) -> None:
         berth = self.take("")
+        berth.built = trio.Event()
+        self._ready[agent] = berth
         try:
             with scope:
-                await self._furnish(berth, session)
-                self._ready[agent] = berth
+                try:
+                    with trio.move_on_after(_PAUSE):
+                        await berth.taken.wait()
+                    await self._furnish(berth, session)
+                finally:
+                    berth.built.set()
                 with trio.move_on_after(READY_LIMIT):
                     await berth.taken.wait()
         except (SandboxdError, OSError) as failure:
