@@ -190,6 +190,8 @@ class Interception:
         if str(wanted) not in self._pools:
             ca = self._of(wanted)[0].placeholder.ca
             context = await trio.to_thread.run_sync(tls_context, str(ca) if ca else None)
+            if str(wanted) in self._pools:  # another client's, made meanwhile
+                return self._pools[str(wanted)]
             pool = httpcore2.AsyncConnectionPool(
                 ssl_context=context,
                 max_connections=gate.bounds.connections,
