@@ -1,8 +1,8 @@
 """``python -m bench``: what sandboxd costs, beside bare starts and beside other programs.
 
 Without more it measures everything, as root or as an ordinary user, and prints tables. Parts by
-name: launch, calls, stages, throughput, idle, start. Runs are interleaved (A B A B ...), so that
-whatever else the machine does hits all alike; only the ratios say something.
+name: launch, calls, stages, throughput, idle, start, network. Runs are interleaved (A B A B ...),
+so that whatever else the machine does hits all alike; only the ratios say something.
 
 ``python -m bench install`` brings the other programs. ``python -m bench stages`` alone shows in
 full where the time of one call goes. ``python -m bench leaks`` counts what many launches leave
@@ -32,6 +32,7 @@ from bench import (
     launching,
     leaks,
     machine,
+    network,
     plot,
     redact,
     report,
@@ -43,7 +44,7 @@ from bench.peers import NAMES
 
 __all__ = ["main", "run"]
 
-PARTS = ("launch", "calls", "stages", "throughput", "idle", "start")
+PARTS = ("launch", "calls", "stages", "throughput", "idle", "start", "network")
 _ALONE = ("install", "leaks", "ends", "redact")
 
 
@@ -92,6 +93,7 @@ def run(what: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
         "throughput": lambda: calls.throughput(options.runs, options.callers, options.rounds),
         "idle": lambda: idle.measure(2 * options.runs, options.sessions),
         "start": lambda: starts.measure(max(1, options.runs // 4)),
+        "network": lambda: network.measure(max(1, options.runs // 4)),
     }
     parts = {}
     for name in PARTS:

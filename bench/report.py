@@ -179,6 +179,17 @@ def _session(part: Mapping[str, Any]) -> Verdict:
     return Verdict(words, None)
 
 
+def _download(part: Mapping[str, Any]) -> Verdict:
+    value = part["throughput"]["value"]
+    return Verdict(f"{value:.2f}x", value >= 0.6)
+
+
+def _small(part: Mapping[str, Any]) -> Verdict:
+    """No goal: a new connection through the proxy is recorded on disk before it is made."""
+    direct, proxied = (each["median_ms"] for each in part["small"])
+    return Verdict(f"{part['latency']['value']:.1f}x, {proxied - direct:.2f} ms more", None)
+
+
 GOALS = (
     Goal("launch", "launch only, full isolation, beside `posix_spawn`", "at most 2.0x", _launch),
     Goal("calls", "whole tool call, beside `trio.run_process` unisolated", "at most 1.5x", _call),
@@ -200,6 +211,8 @@ GOALS = (
     Goal("start", "session start to the agent's first word, beside bwrap", "at most 1.0x", _start),
     Goal("idle", "daemon, broker and launcher, resident", "under 100 MiB", _daemon),
     Goal("idle", "each idle session with its init, PSS", "under 2 MiB", _session),
+    Goal("network", "large download through the proxy, beside direct", "at least 0.60x", _download),
+    Goal("network", "new connection and a byte through the proxy, beside direct", "-", _small),
 )
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -268,6 +281,17 @@ def _tables(parts: Mapping[str, Any]) -> Iterable[Table]:
         lines = [_times(each)[:4] for each in part["variants"]]
         lines += [(name, why, "-", "-") for name, why in part["absent"].items()]
         yield "Session start", header, lines
+    if part := parts.get("network"):
+        header = ("through a sandbox's proxy", "runs", "median ms", "p95 ms")
+        lines = [
+            (f"{each['name']}: {what}", *_times(each)[1:4])
+            for what, rows in (
+                ("a new connection and one byte", part["small"]),
+                (f"a download of {part['size'] >> 20} MiB", part["large"]),
+            )
+            for each in rows
+        ]
+        yield "Network", header, lines
 
 
 def _times(each: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,9 +111,9 @@ class Stage(trial.Stage):
     def __post_init__(self) -> None:
         self.trace = self.paths.state / "trace.json"
 
-    def start(self, *, sessions: int) -> None:
+    def start(self, *, sessions: int, files: Mapping[str, str]) -> None:
         """Write the configuration and start the daemon; the agent ``caller`` gets its secret."""
-        self.configure(configuration(self.top, sessions=sessions))
+        self.configure({**configuration(self.top, sessions=sessions), **files})
         environment = {"SANDBOXD_BENCH_TRACE": str(self.trace)}
         if self.profile:
             environment["SANDBOXD_BENCH_PROFILE"] = "1"
@@ -204,13 +204,17 @@ class Caller:
 
 @contextmanager
 def open_stage(
-    module: str = "sandboxd.main", *, sessions: int = 64, profile: bool = False
+    module: str = "sandboxd.main",
+    *,
+    sessions: int = 64,
+    profile: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> Iterator[Stage]:
-    """A daemon that serves; ended, and its files removed, with the block."""
+    """A daemon that serves, with ``files`` more in its configuration; ended with the block."""
     with ExitStack() as undo:
         stage = undo.enter_context(
             trial.open_stage(lambda top: Stage(top, module=module, profile=profile))
         )
-        stage.start(sessions=sessions)
+        stage.start(sessions=sessions, files=files or {})
         undo.callback(stage.client.close)
         yield stage

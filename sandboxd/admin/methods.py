@@ -194,9 +194,10 @@ class Methods:
         versions = {v.name: v.version for v in variables}
         for item in found["inject"]:
             item["version"] = versions.get(item["variable"])
-        return Reply(
-            {**found, "isolation": layers(found["network"], daemon.launcher, found["lowered"])}
+        isolation = layers(
+            found["network"], daemon.launcher, found["lowered"], egress=bool(found["egress"])
         )
+        return Reply({**found, "isolation": isolation})
 
     async def policy_egress(self, caller: Caller, params: dict[str, Any]) -> Reply:
         """What the agent, or one of its tools, may reach; and whether ``target`` is of it."""

@@ -18,6 +18,7 @@ from sandboxd.admin.server import Caller, Method, Reply
 from sandboxd.broker.serverrun import Running
 from sandboxd.errors import Invalid, NotFound
 from sandboxd.names import shown
+from sandboxd.policy.egress import egress_lines
 from sandboxd.running import Daemon
 from sandboxd.sessions.layers import layers
 from sandboxd.sessions.manager import GRACE_SECONDS, Request, Started
@@ -157,8 +158,12 @@ class SessionMethods:
                 **self._changes(session.id),
                 "variables": {n: v.version for n, v in session.snapshot.variables.items()},
                 "network": session.terms.network,
+                "egress": egress_lines(session.terms.egress),
                 "isolation": layers(
-                    session.terms.network, self._daemon.launcher, session.terms.lowered
+                    session.terms.network,
+                    self._daemon.launcher,
+                    session.terms.lowered,
+                    egress=session.terms.egress.egress.stated,
                 ),
                 "tools": [tool.name for tool in self._daemon.calls.tools(session)],
                 "servers": [

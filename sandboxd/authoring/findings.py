@@ -145,7 +145,9 @@ def _connection(
     if error in ("", "EINPROGRESS", "EISCONN"):
         return Finding(did, address)
     if error in (*_UNREACHABLE, *_REFUSED) and tool.network == "none":
-        return Finding(did, address, "it has no network", "network: host")
+        return Finding(
+            did, address, "it has no network", "egress, if a host is enough, or network: host"
+        )
     return Finding(did, address, f"failed with {error}")
 
 

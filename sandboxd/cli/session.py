@@ -168,6 +168,7 @@ def show(args: argparse.Namespace) -> int:
             ("workspace", got.get("workspace") or "none"),
             *([("changes", got["changes"])] if got.get("changes") else []),
             ("network", got.get("network") or "-"),
+            *([("egress", got["egress"])] if got.get("egress") else []),
             ("tools", got.get("tools") or []),
             *([("servers", servers)] if servers else []),
             *([("environment", got["environment"])] if got.get("environment") else []),

@@ -24,10 +24,12 @@ import httpcore2
 import trio
 
 from sandboxd.egress.accept import serve_each
-from sandboxd.egress.answer import BROKEN, send_back
+from sandboxd.egress.answer import send_back
 from sandboxd.egress.forward import Headers, passed_on
 from sandboxd.egress.gate import Gate
+from sandboxd.egress.search import BROKEN
 from sandboxd.egress.upstream import Upstream, tls_context
+from sandboxd.egress.websocket import handshake, switch, wants_websocket
 from sandboxd.egress.wire import Client, Refused
 from sandboxd.errors import SandboxdError
 from sandboxd.policy.decide import matches_glob
@@ -156,7 +158,7 @@ async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
         method=request.method,
         url=_url(gateway, path),
         headers=_headers(gateway, request, secret),
-        content=_body(client),
+        content=None if wants_websocket(request) else _body(client),
         extensions={"timeout": {"read": served.gate.bounds.idle}},
     )
     redactor = Redactor(Matcher({served.credential.name: secret}))
@@ -164,7 +166,10 @@ async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
         response = await served.pool.handle_async_request(outgoing)
         try:
             status = response.status
-            await send_back(client, response, redactor, [secret])
+            if status == 101 and wants_websocket(request):
+                await switch(client, response, redactor)
+            else:
+                await send_back(client, response, redactor, [secret])
         finally:
             with trio.CancelScope(shield=True):
                 await response.aclose()
@@ -214,12 +219,13 @@ def _headers(gateway: Gateway, request: h11.Request, secret: Secret) -> Headers:
     wanted = gateway.destination
     standard = 443 if gateway.url.startswith("https:") else 80
     host = wanted.host if wanted.port == standard else str(wanted)
-    return [
+    headers = [
         (b"host", host.encode()),
         (b"accept-encoding", b"identity"),  # what is compressed can't be searched
         *kept,
         (header.encode(), value),
     ]
+    return handshake(headers, request) if wants_websocket(request) else headers
 
 
 async def _body(client: Client) -> AsyncIterator[bytes]:

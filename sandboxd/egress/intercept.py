@@ -24,9 +24,10 @@ import h11
 import httpcore2
 import trio
 
-from sandboxd.egress.answer import BROKEN, send_back
+from sandboxd.egress.answer import send_back
 from sandboxd.egress.forward import Headers, passed_on
 from sandboxd.egress.gate import Gate
+from sandboxd.egress.search import BROKEN
 from sandboxd.egress.upstream import Upstream, tls_context
 from sandboxd.egress.wire import Client, Refused
 from sandboxd.errors import SandboxdError

@@ -91,6 +91,10 @@ class Client:
     async def tunnel(self) -> bytes:
         """Answer CONNECT; what the client sent already for the other end."""
         await self.send(h11.Response(status_code=200, headers=[], reason=b"Connection established"))
+        return self.rest()
+
+    def rest(self) -> bytes:
+        """What came after the last request, once the connection is no longer HTTP."""
         return bytes(self._wire.trailing_data[0])
 
     async def next(self) -> bool:

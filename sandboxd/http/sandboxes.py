@@ -58,13 +58,21 @@ def check_network(
 ) -> None:
     """Refuse what the policy doesn't allow, and what could only be ignored.
 
-    An agent's network is none, or the host's: nothing in between can be asked of one sandbox.
+    What an agent reaches is in its file and policy; nothing else can be asked of one sandbox.
     Denied for hosts that the policy does not let it reach, Invalid for what can't be enforced.
     """
     found = agents_of(daemon, principal).get(agent)
     if found is None:
         return  # starting it says so, as for an agent that never was
     terms = session_terms(daemon.config, found)
+    if terms.egress.egress.stated:
+        if allow or deny:
+            raise Invalid(
+                f"what agent {agent} reaches can't be changed for one sandbox",
+                hint="leave networkAllowOut and networkDenyOut away: egress in its file and "
+                "policy decides (docs/network.md)",
+            )
+        return
     if terms.network == "none":
         if allow:
             raise Denied(

@@ -23,6 +23,9 @@ _ALWAYS = frozenset(
 )
 
 
+_ALONE = "loopback alone, with sockets that the broker serves: what egress names"
+
+
 def provided(network: str, launcher: Launcher) -> frozenset[str]:
     """The features, by the names a policy's ``require`` uses, that a sandbox really gets."""
     depends = {
@@ -36,20 +39,22 @@ def provided(network: str, launcher: Launcher) -> frozenset[str]:
     return _ALWAYS | {feature for feature, there in depends.items() if there}
 
 
-def layers(network: str, launcher: Launcher, lowered: Collection[str] = ()) -> list[dict[str, str]]:
+def layers(
+    network: str, launcher: Launcher, lowered: Collection[str] = (), *, egress: bool = False
+) -> list[dict[str, str]]:
     """The layers of one sandbox, the state of each and a remark.
 
     ``on``; ``missing``, because this host lacks it; or ``lowered``, because a policy allowed it,
-    by name (``lowered``) or with the host's network.
+    by name (``lowered``) or with the host's network. ``egress``: whether it has a way out.
     """
-    found = _layers(network, launcher)
+    found = _layers(network, launcher, egress=egress)
     for layer in found:
         if layer["state"] == "missing" and layer["layer"].replace(" ", "_") in lowered:
             layer["state"] = "lowered"
     return found
 
 
-def _layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
+def _layers(network: str, launcher: Launcher, *, egress: bool) -> list[dict[str, str]]:
     own_uid = "a host uid of its own" if launcher.mode == "root" else "the operator's uid"
     return [
         _on("user namespace", f"{own_uid}; no user namespace may be made inside"),
@@ -58,7 +63,7 @@ def _layers(network: str, launcher: Launcher) -> list[dict[str, str]]:
         _on("ipc namespace", "no shared memory or queues with others"),
         _on("uts namespace", "a generic host name"),
         _on("cgroup namespace", "the host's cgroup paths are hidden"),
-        _on("network namespace", "no interface is up")
+        _on("network namespace", _ALONE if egress else "no interface is up")
         if network == "none"
         else _layer("network namespace", "lowered", "the host's network"),
         _on("time namespace", "the clocks begin with the sandbox, not with the host")

@@ -17,6 +17,7 @@ import trio
 from sandboxd.audit import AuditLog
 from sandboxd.egress.outlet import Outlet, open_outlet
 from sandboxd.errors import SandboxdError
+from sandboxd.policy.egress import egress_lines
 from sandboxd.sessions.changes import OVERLAY
 from sandboxd.sessions.output import OUTPUT
 from sandboxd.sessions.session import Ending, Session
@@ -69,6 +70,7 @@ class Records:
             generation=session.config.generation,
             workspace=str(session.workspace or ""),
             network=session.terms.network,
+            egress=egress_lines(session.terms.egress),
             lowered=list(session.terms.lowered),
             variables={name: v.version for name, v in session.snapshot.variables.items()},
         )

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import calls, ends, peers, redact, report, stage, stages, starts
+from bench import calls, ends, network, peers, redact, report, stage, stages, starts
 from bench.__main__ import PARTS, main
 
 TINY = ("--runs", "2", "--rounds", "1", "--callers", "2", "--sessions", "2", "--no-peers")
@@ -55,6 +55,19 @@ def test_idle_sessions_and_session_start(tmp_path: Path) -> None:
     assert idle["daemon_bytes"]["broker"] > 1 << 20
     assert idle["session_rss_bytes"] > 1 << 16
     assert names(figures["parts"]["start"]) == {starts.OURS, starts.BWRAP}
+
+
+@pytest.mark.soak
+def test_downloads_through_the_proxy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "SIZE", 1 << 20)
+    part = measure(tmp_path, "network")["parts"]["network"]
+    for rows in (part["small"], part["large"]):
+        assert [each["name"] for each in rows] == [network.DIRECT, network.PROXIED]
+        assert all(each["median_ms"] > 0 for each in rows)
+    assert part["size"] == 1 << 20
+    assert "large download through the proxy, beside direct" in capsys.readouterr().out
 
 
 @pytest.mark.soak

@@ -300,3 +300,67 @@ async def test_an_answer_that_breaks_off_is_not_passed_on_as_a_whole_one(authori
     assert b"half" in answer
     assert not answer.endswith(b"0\r\n\r\n")  # the end of a chunked body
     assert one.records.of("gateway.response")[0]["status"] == 200
+
+
+SHAKE = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Key: dGhlIHNhbXBsZQ==",
+         "Sec-WebSocket-Version: 13", "Sec-WebSocket-Extensions: permessage-deflate")  # fmt: skip
+
+
+def talking(*answers: bytes) -> Upstream:
+    """An upstream that switches, then gives each answer to what it is sent."""
+
+    async def switch(stream: Any, wire: h11.Connection) -> None:
+        headers = [("upgrade", "websocket"), ("connection", "Upgrade"),
+                   ("sec-websocket-accept", "x")]  # fmt: skip
+        await stream.send_all(
+            wire.send(h11.InformationalResponse(status_code=101, headers=headers))
+        )
+        for answer in answers:
+            await stream.receive_some()
+            await stream.send_all(answer)
+        await stream.aclose()
+
+    return Upstream(switch)
+
+
+async def test_websocket_goes_through_with_the_credential_and_without_extensions(
+    authority: Path,
+) -> None:
+    async with running(authority, talking(b"one", b"two")) as one:
+        stream = await one.connect()
+        lines = ("GET /live HTTP/1.1", "Host: x", *SHAKE)
+        await stream.send_all("\r\n".join((*lines, "", "")).encode() + b"early")
+        with trio.fail_after(20):
+            head = await until(stream, b"one")
+            await stream.send_all(b"late")
+            assert await all_of(stream) == b"two"
+    assert head.startswith(b"HTTP/1.1 101 ")
+    sent = headers_of(one.upstream)
+    assert sent[b"authorization"] == b"Bearer " + KEY
+    assert sent[b"sec-websocket-key"] == b"dGhlIHNhbXBsZQ=="
+    assert b"sec-websocket-extensions" not in sent
+    assert one.records.of("gateway.response")[0]["status"] == 101
+
+
+async def test_websocket_ends_before_the_credential_comes_back(authority: Path) -> None:
+    async with running(authority, talking(b"fine", b"it is " + KEY)) as one:
+        stream = await one.connect()
+        lines = ("GET /live HTTP/1.1", "Host: x", *SHAKE)
+        await stream.send_all("\r\n".join((*lines, "", "")).encode() + b"one")
+        with trio.fail_after(20):
+            await until(stream, b"fine")
+            await stream.send_all(b"two")
+            rest = await all_of(stream)
+    assert KEY not in rest
+    assert KEY[:8] not in rest
+    assert one.records.of("gateway.response")[0]["redactions"] == 1
+
+
+async def test_an_upstream_that_does_not_switch_answers_like_any(authority: Path) -> None:
+    async with running(authority) as one:
+        stream = await one.connect()
+        lines = ("GET /live HTTP/1.1", "Host: x", *SHAKE)
+        await stream.send_all("\r\n".join((*lines, "", "")).encode())
+        with trio.fail_after(20):
+            answer = await until(stream, b"hello")
+    assert answer.startswith(b"HTTP/1.1 200 ")

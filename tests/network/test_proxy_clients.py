@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from real_daemon import RealDaemon
-from world import METADATA, World
+from world import METADATA, OURS, World
 
 pytestmark = pytest.mark.services
 
@@ -165,3 +166,72 @@ def test_a_session_keeps_the_rules_that_it_began_with(
             assert (code("api.example.com"), code("other.example.org")) == ("200", "403")
     done = daemon.ctl("run", "clients", input="api.example.com\nother.example.org\n")
     assert done.stdout == "api.example.com 403\nother.example.org 200\n"
+
+
+def test_a_public_address_of_this_host_is_refused_and_its_server_is_there(
+    daemon: RealDaemon, internet: World, content: Path
+) -> None:
+    folder = content / "api.example.com"
+    command = [sys.executable, "-I", "-u", "-m", "http.server", "80", "--bind", OURS]
+    server = internet.inside(
+        internet.host, *command, "--directory", folder, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert server.stdout is not None
+    assert server.stdout.readline().startswith("Serving HTTP")
+    for slug, addresses in (("refused", []), ("named", [OURS])):
+        allow = [{"host": "ours.example.com", "ports": [80], "addresses": addresses}]
+        script = "curl -sS -w '%{http_code}' http://ours.example.com/hello"
+        daemon.agent(slug, script, policy="agent", egress=json.dumps({"allow": allow}))
+    daemon.start()
+    assert daemon.ctl("run", "refused").stdout.endswith("403")
+    (row,) = [row for row in daemon.audit() if row["event"] == "egress.refused"]
+    assert row["reason"] == f"ours.example.com: {OURS} is an address of this host itself"
+    assert daemon.ctl("run", "named").stdout == "hello from the internet\n200"
+
+
+#: Asks for a tunnel to port 443 and speaks in it as to another proxy, then as TLS does.
+CHAINED = """
+import os, socket, ssl, sys
+host, _, port = os.environ["HTTPS_PROXY"].removeprefix("http://").rpartition(":")
+def tunnel():
+    client = socket.create_connection((host, int(port)), timeout=30)
+    client.sendall(b"CONNECT api.example.com:443 HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+    head = b""
+    while not head.endswith(b"\\r\\n\\r\\n"):
+        head += client.recv(1)
+    return client
+with tunnel() as client:
+    client.sendall(b"CONNECT 169.254.169.254:80 HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+    print(repr(client.recv(100)))
+context = ssl.create_default_context(cafile=sys.argv[1])
+for name in ("api.example.com", "other.example.org"):
+    try:
+        with tunnel() as client, context.wrap_socket(client, server_hostname=name) as secured:
+            secured.sendall(b"GET /hello HTTP/1.0\\r\\nHost: " + name.encode() + b"\\r\\n\\r\\n")
+            print(secured.recv(15).decode())
+    except (OSError, ssl.SSLError) as failure:
+        print(type(failure).__name__)
+"""
+
+
+def test_a_tunnel_is_for_tls_to_its_own_host(
+    daemon: RealDaemon, internet: World, certificate: Path
+) -> None:
+    """Neither another proxy behind it nor another host of the same server can be asked."""
+    daemon.python_agent(
+        "clients", CHAINED, policy="agent",
+        mounts=json.dumps([{"source": str(certificate), "target": str(certificate)}]),
+        egress=json.dumps({"allow": [{"host": "api.example.com"}]}),
+    )  # fmt: skip
+    daemon.start()
+    done = daemon.run("clients", str(certificate / "ca.pem"))
+    chained, right, other = done.stdout.splitlines()
+    assert chained == "b''", done.stderr
+    assert right == "HTTP/1.1 200 OK"
+    assert other in ("SSLEOFError", "ConnectionResetError", "SSLError")
+    reasons = [row["reason"] for row in daemon.audit() if row["event"] == "egress.refused"]
+    assert reasons == [
+        "port 443 takes TLS only",
+        "the tunnel is for api.example.com and its TLS asks for another host",
+    ]

@@ -18,6 +18,8 @@ from typing import Any
 
 #: Addresses of the internet's hosts. They are public ones, within these namespaces alone.
 WEB, MIRROR, DATABASE, METADATA = "93.184.216.34", "151.101.0.223", "10.1.2.3", "169.254.169.254"
+#: A public address of the host that sandboxd runs on.
+OURS = "93.184.216.99"
 #: What the name server knows.
 NAMES = {
     "api.example.com": WEB,
@@ -27,6 +29,7 @@ NAMES = {
     "db.internal": DATABASE,
     "rebound.example.com": METADATA,
     "other.example.org": WEB,
+    "ours.example.com": OURS,
 }
 
 _HERE = Path(__file__).parent
@@ -107,6 +110,7 @@ def _join(host: int, internet: int) -> None:
         run(pid, "link", "set", "lo", "up")
         run(pid, "addr", "add", f"{address}/24", "dev", name)
         run(pid, "link", "set", name, "up")
+    run(host, "addr", "add", f"{OURS}/32", "dev", "lo")
     for address in (WEB, MIRROR, DATABASE, METADATA):
         run(internet, "addr", "add", f"{address}/32", "dev", "lo")
     run(host, "route", "add", "default", "via", "192.168.9.2")

@@ -1,0 +1,69 @@
+"""Bytes on their way into a sandbox, searched for credentials as they stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import httpcore2
+import trio
+
+from sandboxd.redact.stream import Redactor
+
+__all__ = ["BROKEN", "search"]
+
+#: What httpcore raises when an upstream fails; no text of theirs quotes a header.
+BROKEN = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError)
+
+#: Seconds that held-back bytes may wait for more: a stream of events must flow.
+_RELAX = 0.05
+
+
+async def search(
+    pieces: AsyncIterator[bytes], redactor: Redactor, send: Callable[[bytes], Awaitable[None]]
+) -> None:
+    """Send ``pieces`` on as they come, what may be the beginning of a credential a moment later.
+
+    Raises BrokenResourceError when either side breaks off.
+    """
+    sender, receiver = trio.open_memory_channel[bytes](0)
+    broken = False
+
+    async def read() -> None:
+        nonlocal broken
+        async with sender:
+            try:
+                async for piece in pieces:
+                    await sender.send(piece)
+            except BROKEN:
+                broken = True
+
+    async def give(data: bytes) -> None:
+        if data:
+            await send(data)
+
+    try:
+        async with trio.open_nursery() as nursery, receiver:
+            nursery.start_soon(read)
+            while True:
+                piece = None
+                with trio.move_on_after(_RELAX) as waited:
+                    piece = await _next(receiver)
+                if waited.cancelled_caught:
+                    await give(redactor.relax())
+                    piece = await _next(receiver)
+                if piece is None:
+                    break
+                await give(redactor.feed(piece))
+            await give(redactor.flush())
+    except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+        broken = True
+    if broken:
+        raise trio.BrokenResourceError("one side broke off")
+
+
+async def _next(receiver: trio.MemoryReceiveChannel[bytes]) -> bytes | None:
+    """The next piece; None at the end."""
+    try:
+        return await receiver.receive()
+    except trio.EndOfChannel:
+        return None
