@@ -249,7 +249,8 @@ async def _watchdog(service: Service) -> None:
 
 
 def _give_back_memory() -> None:
-    """Return what loading left behind in the allocator: 3 MB here (malloc_trim(3), glibc alone)."""
+    """Return what loading left behind, cycles and free heap (malloc_trim(3), glibc alone)."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

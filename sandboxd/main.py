@@ -45,6 +45,10 @@ __all__ = ["main"]
 #: Descriptors for a thousand sessions and calls; systemd's unit asks for the same.
 _OPEN_FILES = 65536
 
+#: What libraries load where it is installed, and do without where it isn't: a web server, HTTP/2,
+#: models of an older kind. The broker uses none of it, and it would be 6 MB for good.
+_UNUSED = ("h2", "pydantic.v1", "uvicorn")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon in the foreground until SIGTERM. Returns the exit status (docs/errors.md)."""
@@ -62,6 +66,9 @@ def _start(arguments: argparse.Namespace) -> int:
     service = Service.from_environ()
     harden()
     launcher = fork_launcher()
+    for name in _UNUSED:
+        # Importing it fails from now on as if it were not there (the import system, 5.3.1).
+        sys.modules[name] = None  # type: ignore[assignment]
 
     from sandboxd.broker.signing import signing_key
     from sandboxd.daemon import run

@@ -18,13 +18,13 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import h11
 import httpcore2
 import trio
 
 from sandboxd.egress.answer import send_back
-from sandboxd.egress.authority import Authority
 from sandboxd.egress.forward import Headers, passed_on
 from sandboxd.egress.gate import Gate
 from sandboxd.egress.search import BROKEN
@@ -36,6 +36,10 @@ from sandboxd.policy.placeholders import Placeholder
 from sandboxd.redact.matcher import Matcher
 from sandboxd.redact.stream import Redactor
 from sandboxd.secret import Secret
+
+if TYPE_CHECKING:
+    # Certificates are 3 MB of a library: loaded with the first sandbox that needs one.
+    from sandboxd.egress.authority import Authority
 
 __all__ = ["Interception", "Stand", "token"]
 
@@ -66,12 +70,18 @@ class Stand:
     reveal: Callable[[], Secret]
 
 
+def _new_authority() -> Authority:
+    from sandboxd.egress.authority import Authority
+
+    return Authority()
+
+
 @dataclass
 class Interception:
     """All placeholders of one sandbox, and the authority that its programs trust."""
 
     stands: tuple[Stand, ...]
-    authority: Authority = field(default_factory=Authority)
+    authority: Authority = field(default_factory=_new_authority)
     _pools: dict[str, httpcore2.AsyncConnectionPool] = field(default_factory=dict)
     _ending: AsyncExitStack = field(default_factory=AsyncExitStack)
 

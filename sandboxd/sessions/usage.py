@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:
+    import psutil  # a megabyte: loaded when an operator first asks
 
 __all__ = ["Usage", "usage", "usages"]
 
@@ -21,6 +23,8 @@ class Usage:
 
 def usage(init: int) -> Usage:
     """The tree below the sandbox's init (host pid ``init``), which itself is not counted."""
+    import psutil
+
     try:
         return _sum(psutil.Process(init).children(recursive=True))
     except psutil.Error:
@@ -29,8 +33,12 @@ def usage(init: int) -> Usage:
 
 def usages(inits: Sequence[int]) -> list[Usage]:
     """The same for several, with one look at the host's processes for all of them."""
+    if not inits:
+        return []
+    import psutil
+
     children: dict[int, list[psutil.Process]] = {}
-    for process in psutil.process_iter(["ppid"]) if inits else ():
+    for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"] or 0, []).append(process)
     found = []
     for init in inits:
@@ -42,6 +50,8 @@ def usages(inits: Sequence[int]) -> list[Usage]:
 
 
 def _sum(tree: Iterable[psutil.Process]) -> Usage:
+    import psutil
+
     processes = memory = 0
     cpu = 0.0
     for process in tree:

@@ -45,6 +45,7 @@ def seen(daemon: RealDaemon, *command: str, **environment: str) -> dict[str, Any
     return found
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("mode", "version"),
     [("auto", "2026-07-28"), pytest.param("legacy", "2025-11-25", marks=pytest.mark.clients)],

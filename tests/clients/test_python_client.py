@@ -13,6 +13,7 @@ from real_daemon import RealDaemon
 CLIENT = Path(__file__).parent / "python_client.py"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("mode", "version"), [("auto", "2026-07-28"), ("legacy", "2025-11-25")])
 def test_the_python_client_works_with_and_without_a_handshake(
     daemon: RealDaemon, mode: str, version: str

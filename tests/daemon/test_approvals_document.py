@@ -53,6 +53,7 @@ def play(asking: Asking, name: str, ids: dict[str, str]) -> None:
         assert plain(done.stdout) == plain(expected), command
 
 
+@pytest.mark.soak
 def test_the_worked_example_happens_as_written(configured: RealDaemon) -> None:
     asking = Asking(configured)
     configured.write("policies/careful.yaml", block("file", "policies/careful.yaml", "yaml"))

@@ -194,6 +194,7 @@ async def test_a_request_that_is_not_for_a_proxy_is_told_so() -> None:
     assert b"this is a proxy" in answer
 
 
+@pytest.mark.soak
 async def test_a_thousand_clients_are_served_in_turn() -> None:
     web = Web()
     async with server(web) as port:

@@ -45,6 +45,7 @@ def test_names_that_nobody_uses_are_forgotten_first() -> None:
     assert rates.take("x") == 0  # forgotten, hence full again
 
 
+@pytest.mark.soak
 def test_guessing_ends_soon_and_locks_nobody_out() -> None:
     with served("listen: 127.0.0.1:0\nlimits: {failures: 4}") as daemon:
         good, late = new_key(daemon), new_key(daemon)
@@ -70,6 +71,7 @@ def test_guessing_ends_soon_and_locks_nobody_out() -> None:
             assert secret not in str(daemon.audit())
 
 
+@pytest.mark.soak
 def test_one_key_does_not_get_more_than_its_share() -> None:
     with served("listen: 127.0.0.1:0\nlimits: {requests: 2, body: 1K}") as daemon:
         with client_of(daemon, new_key(daemon)) as one, client_of(daemon, new_key(daemon)) as two:

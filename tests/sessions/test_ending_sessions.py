@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -92,10 +93,17 @@ class Parts:
 
 
 @pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory with a short name: socket paths are limited to 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="sbx", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture
 async def started(
-    tmp_path: Path, start_launcher: Callable[[str], socket.socket]
+    short: Path, start_launcher: Callable[[str], socket.socket]
 ) -> AsyncIterator[tuple[Parts, Manager]]:
-    parts = Parts(tmp_path)
+    parts = Parts(short)
     async with open_launcher(start_launcher("root")) as launcher, trio.open_nursery() as nursery:
         manager = parts.manager(launcher, nursery)
         yield parts, manager
