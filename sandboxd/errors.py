@@ -21,6 +21,7 @@ __all__ = [
     "StoreError",
     "Unauthenticated",
     "Unavailable",
+    "where",
 ]
 
 
@@ -132,3 +133,16 @@ class KernelError(SandboxdError):
         name = _errno.errorcode.get(errno, str(errno))
         target = f" {path}" if path else ""
         super().__init__(f"{syscall}{target}: {name} ({os.strerror(errno)})", hint=hint)
+
+
+def where(error: BaseException) -> str:
+    """For logs: an exception's type and places without its message, which might quote a secret."""
+    import traceback  # sandboxctl starts without it
+    from pathlib import Path
+
+    frames = traceback.extract_tb(error.__traceback__)
+    places = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
+    inner = ""
+    if isinstance(error, BaseExceptionGroup):
+        inner = " [" + "; ".join(where(one) for one in error.exceptions) + "]"
+    return f"{type(error).__name__} at {places}{inner}"

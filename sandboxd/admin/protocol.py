@@ -41,6 +41,7 @@ __all__ = [
     "error_object",
     "failure",
     "raised",
+    "read_arguments",
     "reply",
     "request",
     "stream_item",
@@ -108,6 +109,16 @@ def decode(line: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise Invalid("the line is not a JSON object")
     return message
+
+
+def read_arguments(text: str, hint: str) -> Any:
+    """A tool's arguments as an operator writes them. Raises Invalid, with ``hint`` for no JSON."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise Invalid("the arguments are nested too deeply") from None
+    except ValueError as error:
+        raise Invalid(f"the arguments are not valid JSON: {error}", hint=hint) from None
 
 
 def request(id: int, method: str, params: dict[str, Any]) -> dict[str, Any]:

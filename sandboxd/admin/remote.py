@@ -24,7 +24,14 @@ from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
 from sandboxd.admin import protocol
-from sandboxd.errors import Denied, Invalid, NotFound, SandboxdError, Unavailable
+from sandboxd.errors import (
+    Denied,
+    Invalid,
+    NotFound,
+    SandboxdError,
+    Unauthenticated,
+    Unavailable,
+)
 from sandboxd.names import shown
 from sandboxd.secret import Secret
 
@@ -96,8 +103,8 @@ class RemoteClient:
         self._followed: dict[int, _Followed] = {}
 
     def call(self, method: str, /, **params: Any) -> Any:
-        """The method's result. Raises what the daemon raised, Denied for a key that isn't known
-        there, or Unavailable when no sandboxd answers.
+        """The method's result. Raises what the daemon raised, Unauthenticated for a key that isn't
+        known there, or Unavailable when no sandboxd answers.
         """
         answer = _Answer(self, method, params)
         with contextlib.closing(answer):
@@ -346,7 +353,7 @@ def _refusal(server: Server, response: http.client.HTTPResponse) -> SandboxdErro
         return protocol.raised({"message": data.get("message", message), "data": data})
     message = message or f"{server.url} answered with {status}"
     if status == 401:
-        return Denied(message, hint="is the key right, not expired, not deactivated?")
+        return Unauthenticated(message, hint="is the key right, not expired, not deactivated?")
     if status == 403:
         return Denied(message)
     if status == 404:

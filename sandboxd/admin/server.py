@@ -19,7 +19,6 @@ import pwd
 import socket
 import stat
 import struct
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ import trio
 
 from sandboxd.access.roles import Principal
 from sandboxd.admin import protocol
-from sandboxd.errors import Conflict, Denied, Invalid, NotFound, SandboxdError
+from sandboxd.errors import Conflict, Denied, Invalid, NotFound, SandboxdError, where
 from sandboxd.names import shown
 from sandboxd.paths import MAX_SOCKET_PATH
 
@@ -165,7 +164,7 @@ async def _serve_connection(
             return
         await _Connection(stream, caller, methods).serve()
     except Exception as error:  # noqa: BLE001  # one bad connection must not end the daemon
-        _log.error("an admin connection failed: %s", _where(error))
+        _log.error("an admin connection failed: %s", where(error))
     finally:
         with trio.CancelScope(shield=True):
             await trio.aclose_forcefully(stream)
@@ -326,7 +325,7 @@ async def clean_up(caller: Caller) -> None:
             try:
                 await action()
             except Exception as error:  # noqa: BLE001  # the next one still has to run
-                _log.error("after an admin client left: %s", _where(error))
+                _log.error("after an admin client left: %s", where(error))
     if scope.cancelled_caught:
         _log.error("cleaning up after an admin client took over %d seconds", CLEANUP_SECONDS)
 
@@ -335,7 +334,7 @@ def _failed(id: Any, method: str, error: Exception) -> dict[str, Any]:
     expected = only_expected(error)
     if expected is not None:
         return protocol.failure(id, expected)
-    _log.error("admin method %s failed: %s", method, _where(error))
+    _log.error("admin method %s failed: %s", method, where(error))
     internal = SandboxdError(
         f"{method} failed inside sandboxd ({type(error).__name__})",
         hint="the daemon's log says where: journalctl -u sandboxd",
@@ -352,16 +351,6 @@ def only_expected(error: BaseException) -> SandboxdError | None:
         found = [only_expected(inner) for inner in error.exceptions]
         return found[0] if all(one is not None for one in found) else None
     return None
-
-
-def _where(error: BaseException) -> str:
-    """An exception's type and places without its message, which might quote a value."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
-    inner = ""
-    if isinstance(error, BaseExceptionGroup):
-        inner = " [" + "; ".join(_where(one) for one in error.exceptions) + "]"
-    return f"{type(error).__name__} at {places}{inner}"
 
 
 @contextmanager

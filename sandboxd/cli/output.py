@@ -35,7 +35,6 @@ __all__ = [
     "table",
     "visible",
     "when",
-    "yes_no",
 ]
 
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
@@ -167,10 +166,6 @@ def bound(name: str, value: float) -> str:
     if name in ("memory", "file_size", "tmp_size", "output_limit"):
         return f"{name}: {size(int(value))}"
     return f"{name}: {value:g}s" if name in ("cpu", "timeout") else f"{name}: {value:g}"
-
-
-def yes_no(value: Any) -> str:
-    return "yes" if value else "no"
 
 
 def _as_dict(error: SandboxdError) -> dict[str, Any]:

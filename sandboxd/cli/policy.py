@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sandboxd.admin import protocol
 from sandboxd.cli import output
 from sandboxd.cli.config import add_check, load_files
 from sandboxd.cli.daemon import connect, paths
 from sandboxd.cli.parser import Commands, command, group
-from sandboxd.errors import Conflict, Denied, Invalid, Unavailable
+from sandboxd.errors import Conflict, Denied, Unavailable
 
 __all__ = ["add", "read_arguments"]
 
@@ -271,22 +272,9 @@ def read_arguments(text: str) -> Any:
     Raises Invalid for what is no JSON, and for a key that stands twice in one object.
     """
     text = sys.stdin.read() if text == "-" else text
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise Invalid("the arguments have the same key twice in one object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise Invalid("the arguments are nested too deeply") from None
-    except ValueError as error:
-        raise Invalid(
-            f"the arguments are not valid JSON: {error}",
-            hint="""quote the whole object for the shell: '{"url": "https://example.com/"}'""",
-        ) from None
+    return protocol.read_arguments(
+        text, """quote the whole object for the shell: '{"url": "https://example.com/"}'"""
+    )
 
 
 def _injected(item: dict[str, Any], got: dict[str, Any]) -> str:

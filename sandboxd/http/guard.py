@@ -20,6 +20,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
 from sandboxd.access.roles import Principal
+from sandboxd.access.tokens import MAX_BEARER
 from sandboxd.errors import SandboxdError, Unauthenticated
 from sandboxd.http.errors import TOKENS, Refusal, answer, form_of_tokens, refusal_of
 from sandboxd.http.rates import Rates
@@ -36,7 +37,7 @@ from sandboxd.names import shown
 from sandboxd.policy.model import HttpSettings
 from sandboxd.running import Daemon
 
-__all__ = ["Caller", "Guard", "principal_of"]
+__all__ = ["Caller", "Guard", "principal_of", "replayed"]
 
 #: Below these nothing is answered without an API key or a token.
 GUARDED = ("/v1", "/api/v1", "/nextjs", "/mcp")
@@ -46,9 +47,6 @@ OPEN_BODY = 1 << 20
 
 #: What asks for a token is short, and is read before anything else: see form_of_tokens.
 _TOKEN_BODY = 16 << 10
-
-#: Longest bearer that is looked at; a token of ours is well below.
-_MAX_BEARER = 8192
 
 #: How much more a source may ask than one key, as several keys may be behind it.
 _SOURCE_FACTOR = 4
@@ -116,7 +114,7 @@ class Guard:
             if body is None:
                 return  # the client left
             with self._held(scope):
-                await self._app(scope, _replayed(body, receive), told)
+                await self._app(scope, replayed(body, receive), told)
         except Refusal as refusal:
             await answer(path, refusal)(scope, receive, told)
         except BodyTooSlow:
@@ -224,7 +222,7 @@ def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The credential of ``Authorization: Bearer`` (RFC 6750, 2.1); "" where there is none."""
     scheme, _, credential = _header(headers, b"authorization").partition(" ")
     credential = credential.strip()
-    if scheme.lower() != "bearer" or len(credential) > _MAX_BEARER or not credential.isascii():
+    if scheme.lower() != "bearer" or len(credential) > MAX_BEARER or not credential.isascii():
         return ""
     return credential
 
@@ -255,7 +253,8 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
             return bytes(body)
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives a body that was read already, and then what still comes."""
     told = False
 
     async def replay() -> Message:

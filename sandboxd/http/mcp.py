@@ -28,6 +28,7 @@ from sandboxd.admin.perform import perform
 from sandboxd.broker.jsonrpc import Refused, error_reply, parse
 from sandboxd.errors import Unavailable
 from sandboxd.http.errors import Refusal
+from sandboxd.http.guard import replayed
 from sandboxd.http.server import Message, Receive, Scope, Send
 from sandboxd.http.visits import MAX_BODY, MAX_REQUESTS, Visit, Visits
 from sandboxd.running import Daemon
@@ -196,7 +197,7 @@ async def _exchange(
         del visit.handshakes[old]
         await _tell(visit, "DELETE", old, b"", scope)
     try:
-        await visit.manager.handle_request(scope, _replayed(body, receive), sent)
+        await visit.manager.handle_request(scope, replayed(body, receive), sent)
     finally:
         if open_id is not None:
             visit.ids.discard(open_id)
@@ -247,23 +248,10 @@ async def _tell(visit: Visit, verb: str, handshake: str, body: bytes, scope: Sco
     headers.append((b"mcp-session-id", handshake.encode("latin-1")))
     asked = {**scope, "method": verb, "headers": headers, "state": dict(scope["state"])}
     with contextlib.suppress(RuntimeError):  # it ended with its visit, and needs no telling
-        await visit.manager.handle_request(asked, _replayed(body, nothing_more), nobody)
+        await visit.manager.handle_request(asked, replayed(body, nothing_more), nobody)
 
 
 def _handshake(scope: Scope) -> str:
     """The handshake that a request belongs to; "" for none."""
     headers = dict(scope["headers"])
     return bytes(headers.get(b"mcp-session-id", b"")).decode("latin-1")
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    told = False
-
-    async def replay() -> Message:
-        nonlocal told
-        if told:
-            return await receive()
-        told = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay

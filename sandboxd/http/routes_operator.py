@@ -20,10 +20,10 @@ from fastapi.responses import JSONResponse, Response
 from sandboxd.access.roles import Principal
 from sandboxd.admin import protocol
 from sandboxd.admin.perform import perform, stream, streams
-from sandboxd.errors import SandboxdError
+from sandboxd.errors import SandboxdError, where
 from sandboxd.http.errors import refusal_of
 from sandboxd.http.guard import Caller
-from sandboxd.http.server import Message, Receive, Scope, Send, where
+from sandboxd.http.server import Message, Receive, Scope, Send
 from sandboxd.running import Daemon
 
 __all__ = ["router"]

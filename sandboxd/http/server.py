@@ -14,19 +14,19 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import h11
 import trio
 
-__all__ = ["Application", "BodyTooSlow", "Bounds", "Server", "source_of", "where"]
+from sandboxd.errors import where
+
+__all__ = ["Application", "BodyTooSlow", "Bounds", "Server", "source_of"]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -437,13 +437,3 @@ def source_of(address: str) -> str:
         if not ip.is_loopback:
             return str(ipaddress.ip_network((ip, 64), strict=False))
     return str(ip)
-
-
-def where(error: BaseException) -> str:
-    """An exception's type and places without its message, which might quote a secret."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = " > ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames)
-    inner = ""
-    if isinstance(error, BaseExceptionGroup):
-        inner = " [" + "; ".join(where(one) for one in error.exceptions) + "]"
-    return f"{type(error).__name__} at {places}{inner}"

@@ -29,8 +29,7 @@ from sandboxd.admin.reach import no_agent
 from sandboxd.admin.standing import Standing
 from sandboxd.broker.calls import Session
 from sandboxd.broker.mcp import tool_server
-from sandboxd.errors import SandboxdError, Unavailable
-from sandboxd.http.server import where
+from sandboxd.errors import SandboxdError, Unavailable, where
 from sandboxd.policy.model import Tool, Workspace
 from sandboxd.running import Daemon
 

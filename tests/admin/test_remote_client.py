@@ -14,7 +14,7 @@ import pytest
 from hook_servers import make_certificates
 
 from sandboxd.admin.remote import RemoteClient, Server
-from sandboxd.errors import Denied, Invalid, NotFound, SandboxdError, Unavailable
+from sandboxd.errors import Denied, Invalid, NotFound, SandboxdError, Unauthenticated, Unavailable
 from sandboxd.secret import Secret
 
 KEY = "an_sk_" + "5ec7e7" * 10
@@ -133,8 +133,8 @@ def plain(status: str, body: bytes, *headers: str) -> bytes:
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
-        (plain("401 Unauthorized", b'{"error":"invalid_api_key","message":"invalid key"}'), Denied,
-         "invalid key"),
+        (plain("401 Unauthorized", b'{"error":"invalid_api_key","message":"invalid key"}'),
+         Unauthenticated, "invalid key"),
         (plain("404 Not Found", b"<html>nginx</html>"), NotFound, "has no operator API"),
         (plain("421 Misdirected Request", b'{"message":"this server is not x"}'), Invalid,
          "this server is not x"),

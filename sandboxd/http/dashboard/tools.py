@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 from starlette.responses import Response
 
-from sandboxd.errors import Invalid
+from sandboxd.admin.protocol import read_arguments
 from sandboxd.http.dashboard.asking import Ask, Tabs
 
 __all__ = ["add"]
@@ -43,23 +40,6 @@ async def show(ask: Ask) -> Response:
 
 async def explain(ask: Ask) -> Response:
     agent, tool, text = (ask.form.text(name) for name in ("agent", "tool", "arguments"))
-    got = await ask("policy.explain", agent=agent, tool=tool, arguments=_arguments(text or "{}"))
+    given = read_arguments(text or "{}", 'like {"url": "https://example.com/"}')
+    got = await ask("policy.explain", agent=agent, tool=tool, arguments=given)
     return ask.html("_explained.html", got=got, tool=tool)
-
-
-def _arguments(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise Invalid("the arguments have the same key twice in one object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise Invalid("the arguments are nested too deeply") from None
-    except ValueError as error:
-        raise Invalid(
-            f"the arguments are not valid JSON: {error}",
-            hint='like {"url": "https://example.com/"}',
-        ) from None
