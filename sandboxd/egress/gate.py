@@ -44,7 +44,10 @@ class Bounds:
 
 @dataclass
 class Connection:
-    """A connection that was allowed, and what moved on it so far."""
+    """A connection that was allowed, and what moved on it so far.
+
+    ``methods``: whether a rule of it names methods, which plain HTTP must not get around.
+    """
 
     destination: Destination
     stream: trio.SocketStream
@@ -53,6 +56,7 @@ class Connection:
     opened_at: float
     sent: int = 0
     received: int = 0
+    methods: bool = False
 
 
 @dataclass
@@ -115,7 +119,8 @@ class Gate:
             with trio.CancelScope(shield=True):
                 await self._closed(wanted, kind, rule, started, 0, 0, ended)
             raise
-        return Connection(wanted, stream, rule, kind, started)
+        methods = any(one.methods for one in admission.rules)
+        return Connection(wanted, stream, rule, kind, started, methods=methods)
 
     async def close(self, connection: Connection, outcome: str) -> None:
         """End ``connection`` and record what moved on it. Not cancelled by anybody."""

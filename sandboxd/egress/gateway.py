@@ -15,7 +15,7 @@ import secrets
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -50,7 +50,14 @@ _STRIPPED = frozenset(
         b"x-forwarded-proto", b"x-real-ip",
     )
 )  # fmt: skip
-_AMBIGUOUS = re.compile(r"//|/\.{1,2}(?:/|$)|\\|%2e|%2f|%5c|%00|[\x00-\x20\x7f]|#", re.IGNORECASE)
+#: An empty or dot segment (also with parameters, RFC 3986, 3.3, which some servers take off first),
+#: a backslash, and what decodes to one of these or to NUL: once, twice, or as overlong UTF-8.
+_AMBIGUOUS = re.compile(
+    r"//|/\.{1,2}(?:/|;|%3b|$)|\\|%(?:25)*(?:2e|2f|5c|00)|%c[01]|[\x00-\x20\x7f]|#", re.IGNORECASE
+)
+#: By these some servers take another method or path than the request's own.
+_OVERRIDES = frozenset((b"x-http-method-override", b"x-http-method", b"x-method-override"))
+_ELSEWHERE = frozenset((b"x-original-url", b"x-rewrite-url", b"x-original-uri"))
 _WINDOW = 60.0
 
 
@@ -137,7 +144,10 @@ async def _one(client: Client, served: _Served) -> bool:
 
 async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
     gateway, method = served.gateway, request.method.decode("latin-1")
-    path = _checked_path(gateway, method, request.target.decode("latin-1"))
+    others = [
+        v.decode("latin-1") for n, v in request.headers if n.replace(b"_", b"-") in _OVERRIDES
+    ]
+    path = _checked_path(gateway, method, request.target.decode("latin-1"), others)
     served.take_turn()
     secret = served.credential.reveal()
     record = {
@@ -184,7 +194,7 @@ async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
             )
 
 
-def _checked_path(gateway: Gateway, method: str, target: str) -> str:
+def _checked_path(gateway: Gateway, method: str, target: str, others: Iterable[str]) -> str:
     """The request's path and query. Raises Refused unless they are plain and allowed."""
     if not target.startswith("/"):
         raise Refused(400, "this is a gateway: it takes a path, not a whole address")
@@ -193,6 +203,9 @@ def _checked_path(gateway: Gateway, method: str, target: str) -> str:
         raise Refused(400, "the path has parts that servers read differently")
     if gateway.methods and method not in gateway.methods:
         raise Refused(403, f"{method} is not allowed here: {', '.join(gateway.methods)} are")
+    for other in others if gateway.methods else ():
+        if other.upper() not in gateway.methods:
+            raise Refused(403, "a header asks for another method, which is not allowed here")
     if gateway.paths and not any(matches_glob(one, path) for one in gateway.paths):
         raise Refused(403, f"this path is not allowed here: {', '.join(gateway.paths)} are")
     return target
@@ -213,7 +226,12 @@ def _headers(gateway: Gateway, request: h11.Request, secret: Secret) -> Headers:
         value = b"Basic " + b64encode((gateway.user or "").encode() + b":" + value)
     elif scheme != "plain":
         value = {"bearer": b"Bearer ", "token": b"token "}[scheme] + value
-    kept = [(n, v) for n, v in passed_on(request.headers) if n not in _STRIPPED]
+    # Servers that make variables of headers read x_api_key as x-api-key (RFC 3875, 4.1.18).
+    kept = [
+        (n, v)
+        for n, v in passed_on(request.headers)
+        if n.replace(b"_", b"-") not in _STRIPPED | _ELSEWHERE
+    ]
     wanted = gateway.destination
     standard = 443 if gateway.url.startswith("https:") else 80
     host = wanted.host if wanted.port == standard else str(wanted)

@@ -106,7 +106,7 @@ async def _tunnel(served: _Served, request: h11.Request) -> None:
 async def _checked(served: _Served, connection: Connection, first: bytes) -> str:
     """Pass the tunnel's bytes on once its first ones ask for the host that was allowed."""
     gate, wanted = served.gate, connection.destination
-    if not first and wanted.port != _TLS_PORT:
+    if not first and wanted.port != _TLS_PORT and not connection.methods:
         # The server may have to speak first (SSH, SMTP); what the client says then is not TLS's
         # first message, or is so by an upgrade within its own protocol.
         return await pump(served.stream, connection, gate.bounds)
@@ -120,7 +120,7 @@ async def _checked(served: _Served, connection: Connection, first: bytes) -> str
             held += first
             hello.feed(first)
             first = b""
-    problem = _mismatch(hello, wanted)
+    problem = _mismatch(hello, connection)
     if problem:
         await gate.refuse(wanted, "connect", connection.rule, problem)
         return "refused"
@@ -129,10 +129,13 @@ async def _checked(served: _Served, connection: Connection, first: bytes) -> str
     return await pump(served.stream, connection, gate.bounds)
 
 
-def _mismatch(hello: ClientHello, wanted: Destination) -> str:
+def _mismatch(hello: ClientHello, connection: Connection) -> str:
+    wanted = connection.destination
     if not hello.done:
         return "the tunnel's first message did not arrive in time"
     if not hello.is_tls:
+        if connection.methods:
+            return "a rule names methods, and a tunnel without TLS would get around it"
         return "port 443 takes TLS only" if wanted.port == _TLS_PORT else ""
     if not hello.readable:
         return "the tunnel's first message is not a TLS client's"
