@@ -84,7 +84,11 @@ async def attend(
                 ],
                 meanwhile=lambda: taken.append(capture()),
             )
-            outlet.take()
+            try:
+                outlet.take()
+            except BaseException:  # nothing of it may run on that nobody attends to
+                await _end(tree, process, 0.0)
+                raise
             ours.callback(outlet.close)
         captured = taken[-1]
         tree.alive = True

@@ -242,7 +242,11 @@ class Running:
                             *outlet.fds,
                         ],
                     )
-                    outlet.take()
+                    try:
+                        outlet.take()
+                    except BaseException:  # nothing of it may run on that nobody attends to
+                        await self._end(process)
+                        raise
                 except BaseException:
                     await trio.aclose_forcefully(stdout)
                     await trio.aclose_forcefully(stdin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
@@ -11,6 +12,10 @@ import trio
 __all__ = ["serve_each"]
 
 _log = logging.getLogger(__name__)
+
+#: What accept(2) answers while this machine or process has no room; the client waits meanwhile.
+_NO_ROOM = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+_PAUSE = 0.1
 
 
 async def serve_each(
@@ -40,8 +45,11 @@ async def serve_each(
             await places.acquire()
             try:
                 stream = await listener.accept()
-            except BaseException:
+            except BaseException as failure:
                 places.release()
-                raise
+                if not isinstance(failure, OSError) or failure.errno not in _NO_ROOM:
+                    raise
+                await trio.sleep(_PAUSE)
+                continue
             nursery.start_soon(serve, stream)
     raise AssertionError("unreachable")

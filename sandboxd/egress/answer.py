@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import h11
 import httpcore2
@@ -10,6 +10,7 @@ import httpcore2
 from sandboxd.egress.forward import passed_on
 from sandboxd.egress.search import search
 from sandboxd.egress.wire import Client, Refused
+from sandboxd.redact.matcher import Matcher
 from sandboxd.redact.stream import Redactor
 from sandboxd.secret import Secret
 
@@ -22,7 +23,7 @@ async def send_back(
     client: Client,
     response: httpcore2.Response,
     redactor: Redactor,
-    values: Iterable[Secret],
+    values: Mapping[str, Secret],
     *,
     cookies: bool = False,
 ) -> None:
@@ -36,7 +37,8 @@ async def send_back(
         raise Refused(502, "the upstream's answer is compressed, and can't be searched")
     dropped = _NOT_BACK - {b"set-cookie"} if cookies else _NOT_BACK
     headers = passed_on([(n.lower(), v) for n, v in response.headers])
-    kept = [(n, _without(v, values)) for n, v in headers if n not in dropped]
+    matcher = Matcher(values)
+    kept = [(n, _without(v, values, matcher)) for n, v in headers if n not in dropped]
     bodiless = response.status in (204, 304) or response.status < 200
     if not bodiless and not any(name == b"transfer-encoding" for name, _ in kept):
         kept.append((b"transfer-encoding", b"chunked"))
@@ -49,7 +51,8 @@ async def send_back(
     await client.send(h11.EndOfMessage())
 
 
-def _without(value: bytes, secrets: Iterable[Secret]) -> bytes:
-    for secret in secrets:
+def _without(value: bytes, secrets: Mapping[str, Secret], matcher: Matcher) -> bytes:
+    for secret in secrets.values():
         value = value.replace(secret.reveal(), b"[redacted]")
-    return value
+    redactor = Redactor(matcher)  # in other forms, such as that of user name and password
+    return redactor.feed(value) + redactor.flush()

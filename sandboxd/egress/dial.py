@@ -12,6 +12,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import trio
@@ -23,6 +24,9 @@ __all__ = ["Dialer"]
 
 #: Seconds after which the next address is tried beside the one that doesn't answer (RFC 8305, 8).
 _STAGGER = 0.25
+#: Names that are looked up at once. A lookup is a thread that nothing can stop, so it counts until
+#: its end; without a bound of its own one sandbox could take all threads of the broker with them.
+_LOOKUPS = 8
 #: Addresses of one name that are tried.
 _MOST = 8
 
@@ -33,7 +37,7 @@ class Dialer:
     """Resolves by the broker's own resolver, and connects."""
 
     def __init__(self, resolve: Resolve | None = None) -> None:
-        self._resolve = resolve or _system
+        self._resolve = resolve or partial(_system, trio.CapacityLimiter(_LOOKUPS))
 
     async def resolve(self, wanted: Destination, admission: Admission) -> tuple[Address, ...]:
         """The addresses of ``wanted`` that may be reached, in the resolver's order.
@@ -69,29 +73,34 @@ class Dialer:
         """The first connection that one of ``addresses`` takes. Raises Unavailable."""
         failures: list[OSError] = []
         winner: list[trio.SocketStream] = []
-        with trio.move_on_after(timeout):
-            async with trio.open_nursery() as nursery:
-                failed: trio.Event | None = None
 
-                async def attempt(address: Address, failed: trio.Event) -> None:
-                    try:
-                        stream = await _connected(address, wanted.port)
-                    except OSError as failure:
-                        failures.append(failure)
-                        failed.set()
-                        return
-                    if winner:
-                        await trio.aclose_forcefully(stream)
-                        return
-                    winner.append(stream)
-                    nursery.cancel_scope.cancel()
+        async def attempt(address: Address, failed: trio.Event, nursery: trio.Nursery) -> None:
+            try:
+                stream = await _connected(address, wanted.port)
+            except OSError as failure:
+                failures.append(failure)
+                failed.set()
+                return
+            if winner:
+                await trio.aclose_forcefully(stream)
+                return
+            winner.append(stream)
+            nursery.cancel_scope.cancel()
 
-                for address in addresses:
-                    if failed is not None:
-                        with trio.move_on_after(_STAGGER):
-                            await failed.wait()
-                    failed = trio.Event()
-                    nursery.start_soon(attempt, address, failed)
+        try:
+            with trio.move_on_after(timeout):
+                async with trio.open_nursery() as nursery:
+                    failed: trio.Event | None = None
+                    for address in addresses:
+                        if failed is not None:
+                            with trio.move_on_after(_STAGGER):
+                                await failed.wait()
+                        failed = trio.Event()
+                        nursery.start_soon(attempt, address, failed, nursery)
+        except BaseException:  # cancelled in the moment that one was made
+            for stream in winner:
+                await trio.aclose_forcefully(stream)
+            raise
         if winner:
             return winner[0]
         if len(failures) < len(addresses):
@@ -115,12 +124,12 @@ async def _connected(address: Address, port: int) -> trio.SocketStream:
     return trio.SocketStream(sock)
 
 
-async def _system(host: str, port: int) -> Sequence[Address]:
+async def _system(lookups: trio.CapacityLimiter, host: str, port: int) -> Sequence[Address]:
     # The final dot keeps the resolver from trying the host's search domains.
+    name = host if "." not in host else host + "."
+    look_up = partial(socket.getaddrinfo, name, port, type=socket.SOCK_STREAM)
     try:
-        found: Any = await trio.socket.getaddrinfo(
-            host if "." not in host else host + ".", port, type=socket.SOCK_STREAM
-        )
+        found: Any = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=lookups)
     except OSError:
         raise Unavailable(f"{host} can't be resolved", hint="look at the name's spelling") from None
     return [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]

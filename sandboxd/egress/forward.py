@@ -6,6 +6,7 @@ anew by h11: what two servers could read as two different requests never leaves 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import h11
@@ -14,7 +15,7 @@ import trio
 from sandboxd.egress.gate import Bounds, Connection
 from sandboxd.egress.wire import MAX_HEAD, Client, Refused
 
-__all__ = ["forward", "headers_for", "passed_on"]
+__all__ = ["forward", "headers_for", "in_a_header", "passed_on"]
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -25,6 +26,21 @@ _HOP_BY_HOP = frozenset(
         b"proxy-authentication-info", b"expect",
     )
 )  # fmt: skip
+
+#: What a header's value may be (RFC 9110, 5.5): no blank at either end, and no control character.
+_VALUE = re.compile(rb"[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?")
+
+
+def in_a_header(value: bytes) -> bytes:
+    """``value``, which holds a credential. Raises Refused, without it, when it can't be there."""
+    if not _VALUE.fullmatch(value):
+        raise Refused(
+            502,
+            "the credential can't stand in a header: it has more than one line, a control "
+            "character or a blank at an end",
+            "the operator sets it anew, without what came along in copying it",
+        )
+    return value
 
 
 def headers_for(request: h11.Request, authority: str) -> Headers:

@@ -110,9 +110,10 @@ class Gate:
         started = time.monotonic()
         try:
             stream = await self.dialer.dial(wanted, addresses, self.bounds.dial)
-        except SandboxdError as failure:
+        except BaseException as failure:
+            ended = failure.message if isinstance(failure, SandboxdError) else "cancelled"
             with trio.CancelScope(shield=True):
-                await self._closed(wanted, kind, rule, started, 0, 0, failure.message)
+                await self._closed(wanted, kind, rule, started, 0, 0, ended)
             raise
         return Connection(wanted, stream, rule, kind, started)
 

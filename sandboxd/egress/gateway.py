@@ -25,9 +25,9 @@ import trio
 
 from sandboxd.egress.accept import serve_each
 from sandboxd.egress.answer import send_back
-from sandboxd.egress.forward import Headers, passed_on
+from sandboxd.egress.forward import Headers, in_a_header, passed_on
 from sandboxd.egress.gate import Gate
-from sandboxd.egress.search import BROKEN
+from sandboxd.egress.search import BROKEN, told
 from sandboxd.egress.upstream import Upstream, tls_context
 from sandboxd.egress.websocket import handshake, switch, wants_websocket
 from sandboxd.egress.wire import Client, Refused
@@ -128,7 +128,7 @@ async def _one(client: Client, served: _Served) -> bool:
             await served.gate.refuse(served.gateway.destination, "gateway", rule, refused.message)
             await client.answer(refused.status, refused.message, refused.hint)
     except BROKEN as failure:
-        await client.answer(502, f"{served.gateway.destination}: {failure}")
+        await client.answer(502, f"{served.gateway.destination}: {told(failure)}")
     except SandboxdError as failure:
         status = 403 if failure.code == "denied" else 503
         await client.answer(status, failure.message, failure.hint)
@@ -169,7 +169,7 @@ async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
             if status == 101 and wants_websocket(request):
                 await switch(client, response, redactor)
             else:
-                await send_back(client, response, redactor, [secret])
+                await send_back(client, response, redactor, {served.credential.name: secret})
         finally:
             with trio.CancelScope(shield=True):
                 await response.aclose()
@@ -213,8 +213,6 @@ def _headers(gateway: Gateway, request: h11.Request, secret: Secret) -> Headers:
         value = b"Basic " + b64encode((gateway.user or "").encode() + b":" + value)
     elif scheme != "plain":
         value = {"bearer": b"Bearer ", "token": b"token "}[scheme] + value
-    if b"\r" in value or b"\n" in value or b"\0" in value:
-        raise Refused(502, "the credential can't stand in a header: it has more than one line")
     kept = [(n, v) for n, v in passed_on(request.headers) if n not in _STRIPPED]
     wanted = gateway.destination
     standard = 443 if gateway.url.startswith("https:") else 80
@@ -223,7 +221,7 @@ def _headers(gateway: Gateway, request: h11.Request, secret: Secret) -> Headers:
         (b"host", host.encode()),
         (b"accept-encoding", b"identity"),  # what is compressed can't be searched
         *kept,
-        (header.encode(), value),
+        (header.encode(), in_a_header(value)),
     ]
     return handshake(headers, request) if wants_websocket(request) else headers
 

@@ -25,9 +25,9 @@ import httpcore2
 import trio
 
 from sandboxd.egress.answer import send_back
-from sandboxd.egress.forward import Headers, passed_on
+from sandboxd.egress.forward import Headers, in_a_header, passed_on
 from sandboxd.egress.gate import Gate
-from sandboxd.egress.search import BROKEN
+from sandboxd.egress.search import BROKEN, told
 from sandboxd.egress.upstream import Upstream, tls_context
 from sandboxd.egress.wire import Client, Refused
 from sandboxd.errors import SandboxdError
@@ -138,7 +138,7 @@ class Interception:
                 await gate.refuse(wanted, "placeholder", rule, refused.message)
                 await client.answer(refused.status, refused.message, refused.hint)
         except BROKEN as failure:
-            await client.answer(502, f"{wanted}: {failure}")
+            await client.answer(502, f"{wanted}: {told(failure)}")
         except SandboxdError as failure:
             status = 403 if failure.code == "denied" else 503
             await client.answer(status, failure.message, failure.hint)
@@ -151,7 +151,7 @@ class Interception:
         if not request.target.startswith(b"/"):
             raise Refused(400, "this stands for one host: it takes a path, not a whole address")
         headers = _checked_headers(request, wanted)
-        target = swap.text(bytes(request.target))
+        target = swap.target(bytes(request.target))
         sent = [(name, swap.header(name, value)) for name, value in headers]
         length, content = await _body(client, request, swap)
         sent += [(b"accept-encoding", b"identity"), *length]
@@ -182,7 +182,7 @@ class Interception:
             )
             try:
                 status = response.status
-                await send_back(client, response, redactor, values.values(), cookies=True)
+                await send_back(client, response, redactor, values, cookies=True)
             finally:
                 with trio.CancelScope(shield=True):
                     await response.aclose()
@@ -200,6 +200,8 @@ class Interception:
         if str(wanted) not in self._pools:
             ca = self._of(wanted)[0].placeholder.ca
             context = await trio.to_thread.run_sync(tls_context, str(ca) if ca else None)
+            if str(wanted) in self._pools:  # another client's, made meanwhile
+                return self._pools[str(wanted)]
             pool = httpcore2.AsyncConnectionPool(
                 ssl_context=context,
                 max_connections=gate.bounds.connections,
@@ -221,6 +223,13 @@ class _Swap:
         """``data`` with real values. Raises Refused for a placeholder that isn't of this host."""
         return _ANY.sub(self._real, data)
 
+    def target(self, data: bytes) -> bytes:
+        """A path and query. Raises Refused when a value can't stand there as it is."""
+        swapped = self.text(data)
+        if re.search(rb"[^\x21-\x7e]", swapped):
+            raise Refused(502, "the credential can't stand in an address: it has other characters")
+        return swapped
+
     def header(self, name: bytes, value: bytes) -> bytes:
         """A header's value, also where it is user name and password (RFC 7617)."""
         scheme, _, rest = value.partition(b" ")
@@ -230,9 +239,7 @@ class _Swap:
                 if _ANY.search(plain):
                     return scheme + b" " + b64encode(self.text(plain))
         swapped = self.text(value)
-        if swapped != value and re.search(rb"[\r\n\0]", swapped):
-            raise Refused(502, "the credential can't stand in a header: it has more than one line")
-        return swapped
+        return in_a_header(swapped) if swapped != value else value
 
     def _real(self, found: re.Match[bytes]) -> bytes:
         stand = self.stands.get(found[0])

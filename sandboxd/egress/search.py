@@ -9,13 +9,24 @@ import trio
 
 from sandboxd.redact.stream import Redactor
 
-__all__ = ["BROKEN", "search"]
+__all__ = ["BROKEN", "search", "told"]
 
-#: What httpcore raises when an upstream fails; no text of theirs quotes a header.
+#: What httpcore raises when an upstream fails, or what goes to it is not HTTP.
 BROKEN = (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError)
 
 #: Seconds that held-back bytes may wait for more: a stream of events must flow.
 _RELAX = 0.05
+
+
+def told(failure: Exception) -> str:
+    """What a client may be told of one of :data:`BROKEN`.
+
+    The text of a ProtocolError is h11's, which quotes the header that it takes offence at: the one
+    with the credential, or an upstream's that repeats it.
+    """
+    if isinstance(failure, httpcore2.ProtocolError):
+        return "what was sent or came back is not as HTTP says"
+    return str(failure)
 
 
 async def search(

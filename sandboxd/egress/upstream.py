@@ -128,6 +128,9 @@ class _Stream(httpcore2.AsyncNetworkStream):
             raise httpcore2.ConnectError(
                 f"TLS with the upstream failed {reason}".rstrip()
             ) from None
+        except BaseException:  # cancelled: nobody else knows of the connection yet
+            await self.aclose()
+            raise
         return _Stream(secured, self._connection, self._gate)
 
     def get_extra_info(self, info: str) -> Any:
