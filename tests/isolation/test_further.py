@@ -222,16 +222,19 @@ TREE = """
 import os, signal, sys, time
 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
     signal.signal(number, signal.SIG_IGN)
+there, write = os.pipe()
 for depth in range(3):
     if os.fork() == 0:
         os.setsid()
         if os.fork():
             os._exit(0)
         os.setsid()
+        os.write(write, b'x')
         if depth == 2:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(600)
-time.sleep(0.2)
+for _ in range(3):
+    os.read(there, 1)
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -243,7 +246,9 @@ async def test_killing_it_ends_its_whole_tree_and_nothing_else(box: Box) -> None
         before = below(there.process.pid)
         async with there.open(*argv) as (one, out):
             await until_ready(out)
-            assert len(below(there.process.pid) - before) == 5  # it, three, and the supervisor
+            with trio.fail_after(20):  # it, three, and the supervisor; those between are gone
+                while len(below(there.process.pid) - before) != 5:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
             await one.kill()
             assert (await one.wait()).signal == signal.SIGKILL
         await there.settle(before)
