@@ -120,6 +120,7 @@ async def forward(
                 return "reset"
 
     request = h11.Request(method=method, target=path, headers=[*headers, (b"connection", b"close")])
+    refused: list[Refused] = []
     with trio.move_on_after(bounds.lifetime):
         try:
             await send(request)
@@ -131,6 +132,11 @@ async def forward(
             outcome = "reset"
         except* trio.TooSlowError:
             outcome = "idle"
-    if outcome != "closed":
+        except* Refused as group:  # the client's body is not what its head said
+            outcome = "refused"
+            refused += [one for one in group.exceptions if isinstance(one, Refused)]
+    if refused:
+        await client.answer(refused[0].status, refused[0].message, refused[0].hint)
+    elif outcome != "closed":
         await client.answer(502, f"{connection.destination} did not answer as HTTP says")
     return outcome

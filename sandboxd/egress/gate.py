@@ -17,11 +17,13 @@ from sandboxd.egress.dial import Dialer
 from sandboxd.errors import Denied, SandboxdError
 from sandboxd.policy.destinations import Admission, Destination, DestinationRule, decide
 
-__all__ = ["Bounds", "Connection", "Gate"]
+__all__ = ["MAX_PATH", "Bounds", "Connection", "Gate"]
 
 #: Refusals that are recorded one by one in a minute.
 _REFUSALS = 60
 _MINUTE = 60.0
+#: Of a request's path, what is recorded.
+MAX_PATH = 500
 
 Record = Callable[..., Awaitable[object]]
 

@@ -26,7 +26,7 @@ import trio
 from sandboxd.egress.accept import serve_each
 from sandboxd.egress.answer import send_back
 from sandboxd.egress.forward import Headers, in_a_header, passed_on
-from sandboxd.egress.gate import Gate
+from sandboxd.egress.gate import MAX_PATH, Gate
 from sandboxd.egress.search import BROKEN, told
 from sandboxd.egress.upstream import Upstream, tls_context
 from sandboxd.egress.websocket import handshake, switch, wants_websocket
@@ -108,7 +108,7 @@ async def serve_gateway(
             ssl_context=await trio.to_thread.run_sync(tls_context, ca),
             max_connections=gate.bounds.connections,
             keepalive_expiry=30.0,
-            network_backend=Upstream(gate, gateway.destination),
+            network_backend=Upstream(gate, gateway.destination, "gateway"),
         ) as pool,
     ):
         served = _Served(gateway, gate, credential, pool)
@@ -154,7 +154,7 @@ async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
         **served.gate.who,
         "host": gateway.destination.host,
         "method": method,
-        "path": path.partition("?")[0],
+        "path": path.partition("?")[0][:MAX_PATH],
         "request": secrets.token_hex(6),
     }
     await served.gate.record(

@@ -29,15 +29,15 @@ class ClientHello:
         self._incoming = ssl.MemoryBIO()
         self._session = context.wrap_bio(self._incoming, ssl.MemoryBIO(), server_side=True)
 
-    def feed(self, data: bytes) -> None:
-        """More of what the client sent. What isn't a handshake is done with its first byte."""
+    def feed(self, data: bytes) -> bool:
+        """More of what the client sent; whether it is ``done``: without a handshake, at once."""
         if self.done or not data:
-            return
+            return self.done
         if self._size == 0:
             self.is_tls = data[0] == _HANDSHAKE
             if not self.is_tls:
                 self.done = True
-                return
+                return True
         self._size += len(data)
         self._incoming.write(data)
         try:
@@ -46,6 +46,7 @@ class ClientHello:
             self.done = self._seen or self._size > _MOST
         except ssl.SSLError:  # no certificate to answer with, which is all right: it was read
             self.done = True
+        return self.done
 
     @property
     def readable(self) -> bool:

@@ -26,7 +26,7 @@ import trio
 
 from sandboxd.egress.answer import send_back
 from sandboxd.egress.forward import Headers, in_a_header, passed_on
-from sandboxd.egress.gate import Gate
+from sandboxd.egress.gate import MAX_PATH, Gate
 from sandboxd.egress.search import BROKEN, told
 from sandboxd.egress.upstream import Upstream, tls_context
 from sandboxd.egress.wire import Client, Refused
@@ -49,7 +49,7 @@ _PREFIX = b"sbxd-"
 _ANY = re.compile(rb"sbxd-[0-9a-f]{40}")
 _LONGEST = 45
 #: A body up to this size is read whole, so that its length can be told after the exchange.
-_WHOLE = 1 << 20
+_WHOLE = 256 << 10
 #: Never passed on: what was negotiated with this side alone.
 _STRIPPED = frozenset((b"host", b"accept-encoding", b"content-length"))
 
@@ -158,7 +158,7 @@ class Interception:
         used = list(swap.used.values())
         record = {
             **gate.who, "host": wanted.host, "method": request.method.decode("latin-1"),
-            "path": request.target.decode("latin-1").partition("?")[0],
+            "path": request.target.decode("latin-1").partition("?")[0][:MAX_PATH],
             "request": secrets.token_hex(6),
         }  # fmt: skip
         injected = [{"name": stand.name, "version": stand.version} for stand in used]
@@ -206,7 +206,7 @@ class Interception:
                 ssl_context=context,
                 max_connections=gate.bounds.connections,
                 keepalive_expiry=30.0,
-                network_backend=Upstream(gate, wanted),
+                network_backend=Upstream(gate, wanted, "placeholder"),
             )
             self._pools[str(wanted)] = await self._ending.enter_async_context(pool)
         return self._pools[str(wanted)]
@@ -281,7 +281,7 @@ async def _searched(client: Client, piece: bytes | None) -> AsyncIterator[bytes]
     before = b""
     while piece is not None:
         if _ANY.search(before + piece):
-            raise Refused(413, "a placeholder in a body of more than 1 MiB is not replaced")
+            raise Refused(413, "a placeholder in a body of more than 256 KiB is not replaced")
         before = (before + piece)[-_LONGEST:]
         yield piece
         piece = await client.body()

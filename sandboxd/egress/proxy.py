@@ -107,9 +107,9 @@ async def _checked(served: _Served, connection: Connection, first: bytes) -> str
     """Pass the tunnel's bytes on once its first ones ask for the host that was allowed."""
     gate, wanted = served.gate, connection.destination
     if not first and wanted.port != _TLS_PORT and not connection.methods:
-        # The server may have to speak first (SSH, SMTP); what the client says then is not TLS's
-        # first message, or is so by an upgrade within its own protocol.
-        return await pump(served.stream, connection, gate.bounds)
+        # The server may have to speak first (SSH, SMTP), so nothing waits for the client's word.
+        first_word = _FirstWord(gate, connection)
+        return await pump(served.stream, connection, gate.bounds, first_word.check)
     hello, held = ClientHello(), bytearray()
     with trio.move_on_after(gate.bounds.head):
         while not hello.done:
@@ -127,6 +127,28 @@ async def _checked(served: _Served, connection: Connection, first: bytes) -> str
     await connection.stream.send_all(bytes(held))
     connection.sent += len(held)
     return await pump(served.stream, connection, gate.bounds)
+
+
+class _FirstWord:
+    """Looks at the first message of a tunnel's client when it comes: TLS has to be for its host."""
+
+    def __init__(self, gate: Gate, connection: Connection) -> None:
+        self._gate, self._connection = gate, connection
+        self._hello, self._held = ClientHello(), bytearray()
+
+    async def check(self, data: bytes) -> bytes | None:
+        if self._hello.done:
+            return data
+        self._held += data
+        if not self._hello.feed(data):
+            return b""
+        problem = _mismatch(self._hello, self._connection)
+        if problem:
+            wanted, rule = self._connection.destination, self._connection.rule
+            await self._gate.refuse(wanted, "connect", rule, problem)
+            return None
+        held, self._held = bytes(self._held), bytearray()
+        return held
 
 
 def _mismatch(hello: ClientHello, connection: Connection) -> str:

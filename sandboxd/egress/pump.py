@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import trio
 
 from sandboxd.egress.gate import Bounds, Connection
@@ -11,10 +13,17 @@ __all__ = ["pump"]
 _CHUNK = 256 << 10
 
 
-async def pump(inside: trio.SocketStream, connection: Connection, bounds: Bounds) -> str:
-    """Copy until both directions ended; what ended it: closed, reset, idle, volume or lifetime.
+async def pump(
+    inside: trio.SocketStream,
+    connection: Connection,
+    bounds: Bounds,
+    check: Callable[[bytes], Awaitable[bytes | None]] | None = None,
+) -> str:
+    """Copy until both directions ended; what ended it: closed, reset, idle, volume, lifetime, or
+    refused by ``check``.
 
     An end of one direction is passed on, so that protocols that half-close work (shutdown(2)).
+    ``check`` sees what comes from inside and gives what may go on; None ends it.
     """
     outside = connection.stream
     ended = "closed"
@@ -33,6 +42,11 @@ async def pump(inside: trio.SocketStream, connection: Connection, bounds: Bounds
                 try:
                     while data := await source.receive_some(_CHUNK):
                         if source is inside:
+                            if check is not None:
+                                allowed = await check(bytes(data))
+                                if allowed is None:
+                                    return end("refused")
+                                data = allowed
                             connection.sent += len(data)
                         else:
                             connection.received += len(data)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import httpcore2
 import trio
 
-from sandboxd.egress.gate import Connection, Gate
+from sandboxd.egress.gate import Bounds, Connection, Gate
 from sandboxd.errors import SandboxdError
 from sandboxd.policy.destinations import Destination
 
@@ -32,8 +33,8 @@ def tls_context(ca: str | None) -> ssl.SSLContext:
 class Upstream(httpcore2.AsyncNetworkBackend):
     """What httpcore connects by: one destination, whatever it asks for."""
 
-    def __init__(self, gate: Gate, wanted: Destination) -> None:
-        self._gate, self._wanted = gate, wanted
+    def __init__(self, gate: Gate, wanted: Destination, kind: str) -> None:
+        self._gate, self._wanted, self._kind = gate, wanted, kind
 
     async def connect_tcp(
         self,
@@ -44,10 +45,10 @@ class Upstream(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         try:
-            connection = await self._gate.open(self._wanted, "gateway")
+            connection = await self._gate.open(self._wanted, self._kind)
         except SandboxdError as refusal:
             raise httpcore2.ConnectError(refusal.message) from None
-        return _Stream(_Counted(connection), connection, self._gate)
+        return _Stream(_Counted(connection, self._gate.bounds), connection, self._gate)
 
     async def connect_unix_socket(
         self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
@@ -59,19 +60,28 @@ class Upstream(httpcore2.AsyncNetworkBackend):
 
 
 class _Counted(trio.abc.Stream):
-    """The bytes on the wire, counted where TLS can't hide them."""
+    """The bytes on the wire, counted where TLS can't hide them, within the gate's bounds."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, bounds: Bounds) -> None:
+        self._connection, self._bounds = connection, bounds
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self._check()
         await self._connection.stream.send_all(data)
         self._connection.sent += len(data)
+
+    def _check(self) -> None:
+        """Raise BrokenResourceError once the connection has moved or lasted as much as it may."""
+        connection, bounds = self._connection, self._bounds
+        lasted = time.monotonic() - connection.opened_at
+        if connection.sent + connection.received > bounds.volume or lasted > bounds.lifetime:
+            raise trio.BrokenResourceError("the connection is used up")
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._connection.stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        self._check()
         data = bytes(await self._connection.stream.receive_some(max_bytes))
         self._connection.received += len(data)
         return data

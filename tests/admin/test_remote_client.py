@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hook_servers import make_certificates
 
+import sandboxd
 from sandboxd.admin.remote import RemoteClient, Server
 from sandboxd.errors import Denied, Invalid, NotFound, SandboxdError, Unauthenticated, Unavailable
 from sandboxd.secret import Secret
@@ -255,9 +256,11 @@ def test_no_error_holds_the_key(answer: bytes) -> None:
     with answering(answer) as (port, _), pytest.raises(SandboxdError) as told:
         asked(port, lambda c: c.call("status"))
     found: BaseException | None = told.value
+    package = str(Path(sandboxd.__file__).parent)
     while found is not None:
         shown = traceback.TracebackException.from_exception(found, capture_locals=True)
-        locals_ = [f.locals or {} for f in shown.stack if "sandboxd" in f.filename]
+        locals_ = [f.locals or {} for f in shown.stack if f.filename.startswith(package)]
+        assert locals_
         assert KEY not in str(locals_)
         found = found.__cause__ or found.__context__
 

@@ -120,7 +120,7 @@ async def test_tls_that_is_cancelled_halfway_closes_its_connection(authority: Pa
         wanted = destination(HOST, port)
         dialer = Dialer(Names(**{HOST: "127.0.0.1"}))
         gate = Gate([[rule(HOST, port, addresses=LOOPBACK)]], {}, records, dialer, "", Bounds())
-        stream = await Upstream(gate, wanted).connect_tcp(HOST, port)
+        stream = await Upstream(gate, wanted, "gateway").connect_tcp(HOST, port)
         async with trio.open_nursery() as nursery:
             context = tls_context(str(authority / "ca.pem"))
             nursery.start_soon(stream.start_tls, context, HOST)

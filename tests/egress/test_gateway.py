@@ -67,7 +67,7 @@ async def running(
         listeners = await trio.open_ssl_over_tcp_listeners(0, context, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, upstream.serve, listeners)
         behind = listeners[0].transport_listener.socket.getsockname()[1]
-        host = keys.pop("host", HOST)
+        host, bounds = keys.pop("host", HOST), keys.pop("bounds", Bounds(idle=20))
         gateway = Gateway(
             port=Port(4000),
             secret=VariableName("MODEL_KEY"),
@@ -84,7 +84,7 @@ async def running(
             who={"session": "s-1", "agent": "one"},
             record=found.records,
             dialer=Dialer(Names(**{HOST: "127.0.0.1", "other.test": "127.0.0.1"})),
-            bounds=Bounds(idle=20),
+            bounds=bounds,
         )
         credential = Credential("MODEL_KEY", 3, found.reveal)
         nursery.start_soon(serve_gateway, inside, gateway, gate, credential)
@@ -364,3 +364,16 @@ async def test_an_upstream_that_does_not_switch_answers_like_any(authority: Path
         with trio.fail_after(20):
             answer = await until(stream, b"hello")
     assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_connection_to_the_upstream_moves_so_much_and_no_more(authority: Path) -> None:
+    async def large(stream: Any, wire: h11.Connection) -> None:
+        await say(stream, wire, 200, *[bytes(1000)] * 100)
+
+    async with running(authority, Upstream(large), bounds=Bounds(volume=20_000)) as one:
+        answer = await one.ask("GET", "/")
+    assert not answer.endswith(b"0\r\n\r\n")
+    async with running(authority, Upstream(large)) as one:  # the control
+        answer = await one.ask("GET", "/")
+    assert answer.count(bytes(1000)) == 100
+    assert answer.endswith(b"0\r\n\r\n")

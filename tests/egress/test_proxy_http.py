@@ -154,6 +154,18 @@ async def test_of_two_lengths_the_encoding_counts_and_the_other_is_not_passed_on
     assert b"content-length" not in web.requests[0][2]
 
 
+async def test_a_body_that_is_not_what_its_head_says_is_told() -> None:
+    async def swallow(stream: trio.SocketStream) -> None:
+        await all_of(stream)
+
+    async with server(swallow) as port:
+        async with proxy([rule(HOST, port)], names=Names(**NAMES)) as one:
+            text = get(f"http://{HOST}:{port}/", "Transfer-Encoding: chunked", method="POST")
+            answer = await one.ask(text + "zz\r\nnot a chunk")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert [row["outcome"] for row in one.records.of("egress.closed")] == ["refused"]
+
+
 async def test_host_has_to_be_the_address() -> None:
     web = Web()
     async with server(web) as port:

@@ -6,6 +6,7 @@ import ssl
 
 import pytest
 import trio
+import trio.testing
 from egress_support import Names, Records, all_of, connect_to, echo, proxy, rule, server, until
 
 from sandboxd.egress.gate import Bounds
@@ -246,3 +247,44 @@ async def test_a_tunnel_is_bounded(bounds: Bounds, outcome: str) -> None:
                         await stream.send_all(b"x" * 700)
             await stream.aclose()
     assert [row["outcome"] for row in one.records.of("egress.closed")] == [outcome]
+
+
+@pytest.mark.parametrize(("name", "reaches"), [(HOST, True), ("other.example.net", False)])
+async def test_also_tls_that_begins_once_the_tunnel_stands_is_for_its_host(
+    name: str, reaches: bool
+) -> None:
+    """As most clients do: they wait for the tunnel, and send their first message in pieces."""
+    arrived: list[bytes] = []
+
+    async def collect(stream: trio.SocketStream) -> None:
+        arrived.append(await all_of(stream))
+
+    first = hello(name)
+    async with server(collect) as port:
+        async with proxy([rule(HOST, port)], names=Names(**{HOST: "127.0.0.1"})) as one:
+            stream, _ = await one.tunnel(f"{HOST}:{port}")
+            await stream.send_all(first[:100])
+            await trio.testing.wait_all_tasks_blocked()
+            await stream.send_all(first[100:])
+            await stream.send_eof()
+            await all_of(stream)
+            with trio.fail_after(10):
+                while not arrived or not one.records.of("egress.closed"):
+                    await trio.lowlevel.checkpoint()
+    assert arrived == [first if reaches else b""]
+    outcomes = [row["outcome"] for row in one.records.of("egress.closed")]
+    assert outcomes == ["closed" if reaches else "refused"]
+
+
+async def test_a_server_that_speaks_first_is_heard_before_the_client_says_anything() -> None:
+    async def greet(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"220 hello\r\n")
+        await stream.send_all(b"you said " + await stream.receive_some())
+
+    async with server(greet) as port:
+        async with proxy([rule(HOST, port)], names=Names(**{HOST: "127.0.0.1"})) as one:
+            stream, _ = await one.tunnel(f"{HOST}:{port}")
+            with trio.fail_after(10):
+                assert await until(stream, b"\r\n") == b"220 hello\r\n"
+                await stream.send_all(b"EHLO")
+                assert await until(stream, b"EHLO") == b"you said EHLO"
