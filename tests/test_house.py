@@ -152,3 +152,9 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
     assert ours <= allowed, f"the launcher must not load {sorted(ours - allowed)}"
     third_party = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert third_party <= {"sandboxd", "__editable__"}, third_party
+
+
+def test_every_file_of_tests_has_a_name_of_its_own() -> None:
+    """Two of one name in different folders can't be collected together."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
