@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from isolation_support import Box, children, read, status
+from isolation_support import Box, children, needs_root, read, status
 
 from sandboxd.errors import Conflict, KernelError
 from sandboxd.isolation.client import Launcher, Process
@@ -150,6 +150,7 @@ async def test_a_signal_before_the_program_meets_it(box: Box) -> None:
         assert process.exit.signal == signal.SIGTERM
 
 
+@needs_root  # nobody else may read an init's memory
 async def test_no_init_holds_anything_of_what_its_program_was_given(box: Box) -> None:
     """Neither of a sandbox that waited, nor of one made with its program."""
     canary = os.urandom(8).hex()
