@@ -42,7 +42,10 @@ launcher.main()
 """
 
 
-@pytest.fixture(params=["root", "user"] if os.geteuid() == 0 else ["user"])
+_USER = pytest.param("user", marks=pytest.mark.soak)  # an ordinary user runs these anyway
+
+
+@pytest.fixture(params=["root", _USER] if os.geteuid() == 0 else ["user"])
 def launcher_mode(request: pytest.FixtureRequest) -> str:
     """``root``: the launcher is privileged. ``user``: it has nothing but a user namespace."""
     mode: str = request.param
