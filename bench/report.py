@@ -184,12 +184,6 @@ def _download(part: Mapping[str, Any]) -> Verdict:
     return Verdict(f"{value:.2f}x", value >= 0.6)
 
 
-def _small(part: Mapping[str, Any]) -> Verdict:
-    """No goal: a new connection through the proxy is recorded on disk before it is made."""
-    direct, proxied = (each["median_ms"] for each in part["small"])
-    return Verdict(f"{part['latency']['value']:.1f}x, {proxied - direct:.2f} ms more", None)
-
-
 GOALS = (
     Goal("launch", "launch only, full isolation, beside `posix_spawn`", "at most 2.0x", _launch),
     Goal("calls", "whole tool call, beside `trio.run_process` unisolated", "at most 1.5x", _call),
@@ -212,7 +206,6 @@ GOALS = (
     Goal("idle", "daemon, broker and launcher, resident", "under 100 MiB", _daemon),
     Goal("idle", "each idle session with its init, PSS", "under 2 MiB", _session),
     Goal("network", "large download through the proxy, beside direct", "at least 0.60x", _download),
-    Goal("network", "new connection and a byte through the proxy, beside direct", "-", _small),
 )
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from sandboxd.egress.gate import Bounds, Connection
+from sandboxd.egress.splice import Splice
 
 __all__ = ["pump"]
 
@@ -38,29 +39,41 @@ async def pump(
                 ended = reason
                 nursery.cancel_scope.cancel()
 
-            async def one_way(source: trio.SocketStream, sink: trio.SocketStream) -> None:
-                try:
-                    while data := await source.receive_some(_CHUNK):
-                        if source is inside:
-                            if check is not None:
-                                allowed = await check(bytes(data))
-                                if allowed is None:
-                                    return end("refused")
-                                data = allowed
-                            connection.sent += len(data)
-                        else:
-                            connection.received += len(data)
-                        if connection.sent + connection.received > bounds.volume:
-                            return end("volume")
-                        await sink.send_all(data)
-                        still.deadline = trio.current_time() + bounds.idle
-                    await sink.send_eof()
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    end("reset")
-                return None
+            def moved(sent: int, received: int) -> bool:
+                """Count; whether that was within bounds."""
+                connection.sent += sent
+                connection.received += received
+                still.deadline = trio.current_time() + bounds.idle
+                if connection.sent + connection.received <= bounds.volume:
+                    return True
+                end("volume")
+                return False
 
-            nursery.start_soon(one_way, inside, outside)
-            nursery.start_soon(one_way, outside, inside)
+            async def out() -> None:
+                while data := await inside.receive_some(_CHUNK):
+                    allowed = data if check is None else await check(bytes(data))
+                    if allowed is None:
+                        return end("refused")
+                    if not moved(len(allowed), 0):
+                        return None
+                    await outside.send_all(allowed)
+                return await outside.send_eof()
+
+            async def back() -> None:
+                with Splice(outside.socket.fileno(), inside.socket.fileno()) as splice:
+                    while size := await splice.move():
+                        if not moved(0, size):
+                            return None
+                return await inside.send_eof()
+
+            async def one(way: Callable[[], Awaitable[None]]) -> None:
+                try:
+                    await way()
+                except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                    end("reset")
+
+            nursery.start_soon(one, out)
+            nursery.start_soon(one, back)
     if life.cancelled_caught:
         return "lifetime"
     return "idle" if still.cancelled_caught else ended
