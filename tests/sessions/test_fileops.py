@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import itertools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,13 +95,22 @@ def led_by_path(path: Path, words: set[str]) -> set[str]:
     return found
 
 
+def rounds_until(seen: set[str], wanted: set[str]) -> Iterator[int]:
+    """ROUNDS, and more until all that is wanted was seen: a busy host may swap seldom."""
+    deadline = time.monotonic() + 60
+    for n in itertools.count():
+        if n >= ROUNDS and (wanted <= seen or time.monotonic() > deadline):
+            return
+        yield n
+
+
 @pytest.mark.parametrize("path", ["place/word", "place/below/word"])
 def test_a_parent_that_is_a_link_every_other_moment_leads_nobody_out(tree: Tree, path: str) -> None:
     before = tree.state()
     texts, codes = set(), set()
     with swapping(tree.inside / "place", tree.inside / "link"):
         assert led_by_path(tree.inside / path, {"own", "foreign"}) == {"own", "foreign"}
-        for n in range(ROUNDS):
+        for n in rounds_until(codes, {"", "denied"}):
             answer = tree.do("read", path, limit=100)
             codes.add(answer.get("code", ""))
             if "content" in answer:
@@ -129,7 +140,7 @@ def test_a_file_that_is_a_link_every_other_moment_is_never_followed(tree: Tree) 
     texts, codes = set(), set()
     with swapping(tree.inside / "word", tree.inside / "other"):
         assert led_by_path(tree.inside / "word", {"own", "foreign"}) == {"own", "foreign"}
-        for _ in range(ROUNDS):
+        for _ in rounds_until(codes, {"", "denied"}):
             answer = tree.do("read", "word", limit=100)
             codes.add(answer.get("code", ""))
             if "content" in answer:
