@@ -8,15 +8,14 @@ refused (RFC 9112, 11.2; RFC 3986, 6.2).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import secrets
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 import h11
@@ -25,20 +24,17 @@ import trio
 
 from sandboxd.egress.accept import serve_each
 from sandboxd.egress.answer import send_back
+from sandboxd.egress.exchange import Credential, Way, exchange, pool_to, serve_requests
 from sandboxd.egress.forward import Headers, in_a_header, passed_on
-from sandboxd.egress.gate import MAX_PATH, Gate
-from sandboxd.egress.search import BROKEN, told
-from sandboxd.egress.upstream import Upstream, tls_context
+from sandboxd.egress.gate import Gate
 from sandboxd.egress.websocket import handshake, switch, wants_websocket
 from sandboxd.egress.wire import Client, Refused
-from sandboxd.errors import SandboxdError
 from sandboxd.policy.decide import matches_glob
 from sandboxd.policy.gateways import Gateway
-from sandboxd.redact.matcher import Matcher
 from sandboxd.redact.stream import Redactor
 from sandboxd.secret import Secret
 
-__all__ = ["Credential", "serve_gateway"]
+__all__ = ["serve_gateway"]
 
 logging.getLogger("httpcore2").setLevel(logging.WARNING)  # its debug log shows headers
 
@@ -61,24 +57,12 @@ _ELSEWHERE = frozenset((b"x-original-url", b"x-rewrite-url", b"x-original-uri"))
 _WINDOW = 60.0
 
 
-@dataclass(frozen=True)
-class Credential:
-    """The credential of one gateway: ``reveal`` gives the value, or raises what a revoked one does.
-
-    ``name`` and ``version`` are recorded.
-    """
-
-    name: str
-    version: int
-    reveal: Callable[[], Secret]
-
-
 @dataclass
 class _Served:
     """One gateway of one sandbox."""
 
     gateway: Gateway
-    gate: Gate
+    way: Way
     credential: Credential
     pool: httpcore2.AsyncConnectionPool
     times: deque[float] = field(default_factory=deque)
@@ -101,97 +85,51 @@ async def serve_gateway(
     listener: trio.SocketListener, gateway: Gateway, gate: Gate, credential: Credential
 ) -> NoReturn:
     """Serve one sandbox until cancelled. The listener is closed then."""
-    ca = str(gateway.ca) if gateway.ca is not None else None
-    async with (
-        listener,
-        httpcore2.AsyncConnectionPool(
-            ssl_context=await trio.to_thread.run_sync(tls_context, ca),
-            max_connections=gate.bounds.connections,
-            keepalive_expiry=30.0,
-            network_backend=Upstream(gate, gateway.destination, "gateway"),
-        ) as pool,
-    ):
-        served = _Served(gateway, gate, credential, pool)
+    way = Way(gate, gateway.destination, "gateway", gateway.source)
+    async with listener, await pool_to(way, gateway.ca) as pool:
+        served = _Served(gateway, way, credential, pool)
 
         async def one(stream: trio.SocketStream) -> None:
             client = Client(stream, gate.bounds)
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                while await _one(client, served):
-                    pass
+            await serve_requests(client, way, partial(_pass, client, served))
 
         await serve_each(listener, one, gate.bounds.connections)
     raise AssertionError("unreachable")
 
 
-async def _one(client: Client, served: _Served) -> bool:
-    try:
-        try:
-            request = await client.request()
-            if request is None:
-                return False
-            await _pass(client, served, request)
-        except Refused as refused:
-            rule = f"{served.gateway.source} gateway"
-            await served.gate.refuse(served.gateway.destination, "gateway", rule, refused.message)
-            await client.answer(refused.status, refused.message, refused.hint)
-    except BROKEN as failure:
-        await client.answer(502, f"{served.gateway.destination}: {told(failure)}")
-    except SandboxdError as failure:
-        status = 403 if failure.code == "denied" else 503
-        await client.answer(status, failure.message, failure.hint)
-    return await client.next()
-
-
 async def _pass(client: Client, served: _Served, request: h11.Request) -> None:
-    gateway, method = served.gateway, request.method.decode("latin-1")
+    gateway, way = served.gateway, served.way
     others = [
         v.decode("latin-1") for n, v in request.headers if n.replace(b"_", b"-") in _OVERRIDES
     ]
+    method = request.method.decode("latin-1")
     path = _checked_path(gateway, method, request.target.decode("latin-1"), others)
     served.take_turn()
     secret = served.credential.reveal()
-    record = {
-        **served.gate.who,
-        "host": gateway.destination.host,
-        "method": method,
-        "path": path.partition("?")[0][:MAX_PATH],
-        "request": secrets.token_hex(6),
-    }
-    await served.gate.record(
-        "gateway.request",
-        **record,
-        rule=gateway.source,
-        injected=[{"name": served.credential.name, "version": served.credential.version}],
-    )
-    started, status = time.monotonic(), 0
+    values, websocket = {served.credential.name: secret}, wants_websocket(request)
     outgoing = httpcore2.Request(
         method=request.method,
         url=_url(gateway, path),
         headers=_headers(gateway, request, secret),
-        content=None if wants_websocket(request) else _body(client),
-        extensions={"timeout": {"read": served.gate.bounds.idle}},
+        content=None if websocket else _body(client),
+        extensions={"timeout": {"read": way.gate.bounds.idle}},
     )
-    redactor = Redactor(Matcher({served.credential.name: secret}))
-    try:
-        response = await served.pool.handle_async_request(outgoing)
-        try:
-            status = response.status
-            if status == 101 and wants_websocket(request):
-                await switch(client, response, redactor)
-            else:
-                await send_back(client, response, redactor, {served.credential.name: secret})
-        finally:
-            with trio.CancelScope(shield=True):
-                await response.aclose()
-    finally:
-        with trio.CancelScope(shield=True):
-            await served.gate.record(
-                "gateway.response",
-                **record,
-                status=status,
-                duration_ms=round((time.monotonic() - started) * 1000),
-                redactions=redactor.hits,
-            )
+
+    async def give_back(response: httpcore2.Response, redactor: Redactor) -> None:
+        if response.status == 101 and websocket:
+            await switch(client, response, redactor)
+        else:
+            await send_back(client, response, redactor, values)
+
+    await exchange(
+        way,
+        request,
+        rule=gateway.source,
+        injected=[served.credential],
+        values=lambda: values,
+        send=lambda: served.pool.handle_async_request(outgoing),
+        give_back=give_back,
+    )
 
 
 def _checked_path(gateway: Gateway, method: str, target: str, others: Iterable[str]) -> str:

@@ -9,15 +9,14 @@ with any other goes nowhere. The real host has to prove itself as always.
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import secrets
 import ssl
-import time
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import h11
@@ -25,15 +24,12 @@ import httpcore2
 import trio
 
 from sandboxd.egress.answer import send_back
+from sandboxd.egress.exchange import Credential, Way, exchange, pool_to, serve_requests
 from sandboxd.egress.forward import Headers, in_a_header, passed_on
-from sandboxd.egress.gate import MAX_PATH, Gate
-from sandboxd.egress.search import BROKEN, told
-from sandboxd.egress.upstream import Upstream, tls_context
+from sandboxd.egress.gate import Gate
 from sandboxd.egress.wire import Client, Refused
-from sandboxd.errors import SandboxdError
 from sandboxd.policy.destinations import Destination
 from sandboxd.policy.placeholders import Placeholder
-from sandboxd.redact.matcher import Matcher
 from sandboxd.redact.stream import Redactor
 from sandboxd.secret import Secret
 
@@ -42,8 +38,6 @@ if TYPE_CHECKING:
     from sandboxd.egress.authority import Authority
 
 __all__ = ["Interception", "Stand", "token"]
-
-_log = logging.getLogger(__name__)
 
 _PREFIX = b"sbxd-"
 _ANY = re.compile(rb"sbxd-[0-9a-f]{40}")
@@ -61,13 +55,11 @@ def token() -> str:
 
 @dataclass(frozen=True)
 class Stand:
-    """What one placeholder stands for. ``reveal`` raises what a revoked one does."""
+    """What one placeholder stands for."""
 
     placeholder: Placeholder
     token: bytes
-    name: str
-    version: int
-    reveal: Callable[[], Secret]
+    credential: Credential
 
 
 def _new_authority() -> Authority:
@@ -97,6 +89,7 @@ class Interception:
 
     async def serve(self, inside: trio.abc.Stream, gate: Gate, wanted: Destination) -> None:
         """Speak to a client that believes to be connected to ``wanted``, until it is done."""
+        way = Way(gate, wanted, "placeholder", self._of(wanted)[0].placeholder.source)
         stream = trio.SSLStream(
             inside, self.authority.context(wanted.host), server_side=True, https_compatible=True
         )
@@ -105,12 +98,10 @@ class Interception:
                 await stream.do_handshake()
         except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError):
             reason = "the client doesn't trust the sandbox's authority, or doesn't speak TLS"
-            await gate.refuse(wanted, "placeholder", self._rule(wanted), reason)
+            await gate.refuse(wanted, way.kind, way.rule, reason)
             return
         client = Client(stream, gate.bounds)
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while await self._one(client, gate, wanted):
-                pass
+        await serve_requests(client, way, partial(self._pass, client, way))
 
     def foreign(self, data: bytes) -> bool:
         """Whether ``data``, which goes elsewhere, holds a placeholder."""
@@ -123,101 +114,63 @@ class Interception:
             if wanted.host in stand.placeholder.hosts and wanted.port == stand.placeholder.port
         )
 
-    def _rule(self, wanted: Destination) -> str:
-        return self._of(wanted)[0].placeholder.source + " placeholder"
-
-    async def _one(self, client: Client, gate: Gate, wanted: Destination) -> bool:
-        try:
-            try:
-                request = await client.request()
-                if request is None:
-                    return False
-                await self._pass(client, gate, wanted, request)
-            except Refused as refused:
-                rule = self._rule(wanted)
-                await gate.refuse(wanted, "placeholder", rule, refused.message)
-                await client.answer(refused.status, refused.message, refused.hint)
-        except BROKEN as failure:
-            await client.answer(502, f"{wanted}: {told(failure)}")
-        except SandboxdError as failure:
-            status = 403 if failure.code == "denied" else 503
-            await client.answer(status, failure.message, failure.hint)
-        return await client.next()
-
-    async def _pass(
-        self, client: Client, gate: Gate, wanted: Destination, request: h11.Request
-    ) -> None:
-        swap = _Swap({stand.token: stand for stand in self._of(wanted)})
+    async def _pass(self, client: Client, way: Way, request: h11.Request) -> None:
+        wanted, stands = way.wanted, self._of(way.wanted)
+        swap = _Swap({stand.token: stand.credential for stand in stands})
         if not request.target.startswith(b"/"):
             raise Refused(400, "this stands for one host: it takes a path, not a whole address")
         headers = _checked_headers(request, wanted)
         target = swap.target(bytes(request.target))
         sent = [(name, swap.header(name, value)) for name, value in headers]
         length, content = await _body(client, request, swap)
-        sent += [(b"accept-encoding", b"identity"), *length]
-        used = list(swap.used.values())
-        record = {
-            **gate.who, "host": wanted.host, "method": request.method.decode("latin-1"),
-            "path": request.target.decode("latin-1").partition("?")[0][:MAX_PATH],
-            "request": secrets.token_hex(6),
-        }  # fmt: skip
-        injected = [{"name": stand.name, "version": stand.version} for stand in used]
-        await gate.record("placeholder.request", **record, rule=self._rule(wanted),
-                          injected=injected)  # fmt: skip
-        values = {stand.name: stand.reveal() for stand in self._of(wanted)}
-        redactor = Redactor(Matcher(values))
-        started, status = time.monotonic(), 0
-        pool = await self._pool(gate, wanted)
-        try:
-            response = await pool.handle_async_request(
+        values: dict[str, Secret] = {}
+
+        def revealed() -> dict[str, Secret]:
+            values.update((one.credential.name, one.credential.reveal()) for one in stands)
+            return values
+
+        async def send() -> httpcore2.Response:
+            pool = await self._pool(way)
+            return await pool.handle_async_request(
                 httpcore2.Request(
                     method=request.method,
                     url=httpcore2.URL(
                         scheme=b"https", host=wanted.host.encode(), port=wanted.port, target=target
                     ),
-                    headers=sent,
+                    headers=[*sent, (b"accept-encoding", b"identity"), *length],
                     content=content,
-                    extensions={"timeout": {"read": gate.bounds.idle}},
+                    extensions={"timeout": {"read": way.gate.bounds.idle}},
                 )
             )
-            try:
-                status = response.status
-                await send_back(client, response, redactor, values, cookies=True)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await response.aclose()
-        finally:
-            with trio.CancelScope(shield=True):
-                await gate.record(
-                    "placeholder.response",
-                    **record,
-                    status=status,
-                    duration_ms=round((time.monotonic() - started) * 1000),
-                    redactions=redactor.hits,
-                )
 
-    async def _pool(self, gate: Gate, wanted: Destination) -> httpcore2.AsyncConnectionPool:
-        if str(wanted) not in self._pools:
-            ca = self._of(wanted)[0].placeholder.ca
-            context = await trio.to_thread.run_sync(tls_context, str(ca) if ca else None)
-            if str(wanted) in self._pools:  # another client's, made meanwhile
-                return self._pools[str(wanted)]
-            pool = httpcore2.AsyncConnectionPool(
-                ssl_context=context,
-                max_connections=gate.bounds.connections,
-                keepalive_expiry=30.0,
-                network_backend=Upstream(gate, wanted, "placeholder"),
-            )
-            self._pools[str(wanted)] = await self._ending.enter_async_context(pool)
-        return self._pools[str(wanted)]
+        async def give_back(response: httpcore2.Response, redactor: Redactor) -> None:
+            await send_back(client, response, redactor, values, cookies=True)
+
+        await exchange(
+            way,
+            request,
+            rule=way.rule,
+            injected=swap.used.values(),
+            values=revealed,
+            send=send,
+            give_back=give_back,
+        )
+
+    async def _pool(self, way: Way) -> httpcore2.AsyncConnectionPool:
+        name = str(way.wanted)
+        if name not in self._pools:
+            pool = await pool_to(way, self._of(way.wanted)[0].placeholder.ca)
+            if name not in self._pools:  # else another client's, made meanwhile
+                self._pools[name] = await self._ending.enter_async_context(pool)
+        return self._pools[name]
 
 
 @dataclass
 class _Swap:
     """Puts real values in the place of one host's placeholders, and refuses all others."""
 
-    stands: Mapping[bytes, Stand]
-    used: dict[bytes, Stand] = field(default_factory=dict)
+    credentials: Mapping[bytes, Credential]
+    used: dict[bytes, Credential] = field(default_factory=dict)
 
     def text(self, data: bytes) -> bytes:
         """``data`` with real values. Raises Refused for a placeholder that isn't of this host."""
@@ -242,11 +195,11 @@ class _Swap:
         return in_a_header(swapped) if swapped != value else value
 
     def _real(self, found: re.Match[bytes]) -> bytes:
-        stand = self.stands.get(found[0])
-        if stand is None:
+        credential = self.credentials.get(found[0])
+        if credential is None:
             raise Refused(403, "the request holds a placeholder that isn't for this host")
-        self.used[found[0]] = stand
-        return stand.reveal().reveal()
+        self.used[found[0]] = credential
+        return credential.reveal().reveal()
 
 
 def _checked_headers(request: h11.Request, wanted: Destination) -> Headers:

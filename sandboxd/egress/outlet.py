@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
@@ -13,8 +12,9 @@ from typing import Any
 import trio
 
 from sandboxd.egress.dial import Dialer
+from sandboxd.egress.exchange import Credential
 from sandboxd.egress.gate import Bounds, Gate, Record
-from sandboxd.egress.gateway import Credential, serve_gateway
+from sandboxd.egress.gateway import serve_gateway
 from sandboxd.egress.intercept import Interception, Stand, token
 from sandboxd.egress.layout import AUTHORITIES, listeners, relayed, trusting
 from sandboxd.egress.proxy import serve_proxy
@@ -25,11 +25,9 @@ from sandboxd.isolation.wire import FileSpec, LaunchSpec
 from sandboxd.policy.egress import EgressTerms
 from sandboxd.policy.gateways import Gateway
 from sandboxd.policy.placeholders import Placeholder
-from sandboxd.vault.vault import Sealed, Snapshot, Vault
+from sandboxd.vault.vault import Snapshot, Vault
 
 __all__ = ["Outlet", "open_outlet"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -131,23 +129,17 @@ def open_outlet(
         yield outlet
 
 
-def _credential(gateway: Gateway, vault: Vault, snapshot: Snapshot) -> Credential:
-    sealed = _sealed(gateway.secret, f"{gateway.source} gateway", snapshot)
-    return Credential(sealed.name, sealed.version, partial(vault.unseal, sealed))
-
-
 def _stand(placeholder: Placeholder, vault: Vault, snapshot: Snapshot) -> Stand:
-    sealed = _sealed(placeholder.secret, f"{placeholder.source} placeholder", snapshot)
-    reveal = partial(vault.unseal, sealed)
-    return Stand(placeholder, token().encode(), sealed.name, sealed.version, reveal)
+    return Stand(placeholder, token().encode(), _credential(placeholder, vault, snapshot))
 
 
-def _sealed(name: str, rule: str, snapshot: Snapshot) -> Sealed:
-    sealed = snapshot.variables.get(name)
+def _credential(one: Gateway | Placeholder, vault: Vault, snapshot: Snapshot) -> Credential:
+    sealed = snapshot.variables.get(one.secret)
     if sealed is None:
+        kind = "gateway" if isinstance(one, Gateway) else "placeholder"
         raise Denied(
-            f"agent {snapshot.agent} has no variable {name}, which its way out adds",
-            rule=rule,
-            hint=f"set it: sandboxctl env set {snapshot.agent} {name}",
+            f"agent {snapshot.agent} has no variable {one.secret}, which its way out adds",
+            rule=f"{one.source} {kind}",
+            hint=f"set it: sandboxctl env set {snapshot.agent} {one.secret}",
         )
-    return sealed
+    return Credential(sealed.name, sealed.version, partial(vault.unseal, sealed))

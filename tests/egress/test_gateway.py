@@ -17,8 +17,9 @@ from egress_support import LOOPBACK, Names, Records, all_of, until
 from egress_upstream import HOST, Upstream, say
 
 from sandboxd.egress.dial import Dialer
+from sandboxd.egress.exchange import Credential
 from sandboxd.egress.gate import Bounds, Gate
-from sandboxd.egress.gateway import Credential, serve_gateway
+from sandboxd.egress.gateway import serve_gateway
 from sandboxd.errors import Denied
 from sandboxd.policy.destinations import Port
 from sandboxd.policy.egress import Egress, EgressTerms

@@ -17,6 +17,7 @@ from egress_support import LOOPBACK, Names, Records, all_of, connect_to, rule, u
 from egress_upstream import HOST, Upstream, say
 
 from sandboxd.egress.dial import Dialer
+from sandboxd.egress.exchange import Credential
 from sandboxd.egress.gate import Bounds, Gate
 from sandboxd.egress.intercept import Interception, Stand, token
 from sandboxd.egress.proxy import serve_proxy
@@ -101,12 +102,12 @@ async def boxed(
             )  # fmt: skip
 
         held: list[Box] = []
+        own = Credential("TOKEN", 3, lambda: held[0].reveal())
+        other = Credential("OTHER", 1, lambda: Secret(OTHER))
         stands = (
-            Stand(placeholder("TOKEN", HOST), token().encode(), "TOKEN", 3,
-                  lambda: held[0].reveal()),
-            Stand(placeholder("OTHER", ELSEWHERE), token().encode(), "OTHER", 1,
-                  lambda: Secret(OTHER)),
-        )  # fmt: skip
+            Stand(placeholder("TOKEN", HOST), token().encode(), own),
+            Stand(placeholder("OTHER", ELSEWHERE), token().encode(), other),
+        )
         interception = Interception(stands)
         (inside,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         records = Records()
