@@ -106,25 +106,22 @@ async def _tunnel(served: _Served, request: h11.Request) -> None:
 async def _checked(served: _Served, connection: Connection, first: bytes) -> str:
     """Pass the tunnel's bytes on once its first ones ask for the host that was allowed."""
     gate, wanted = served.gate, connection.destination
+    word = _FirstWord(gate, connection)
     if not first and wanted.port != _TLS_PORT and not connection.methods:
         # The server may have to speak first (SSH, SMTP), so nothing waits for the client's word.
-        first_word = _FirstWord(gate, connection)
-        return await pump(served.stream, connection, gate.bounds, first_word.check)
-    hello, held = ClientHello(), bytearray()
+        return await pump(served.stream, connection, gate.bounds, word.check)
+    held: bytes | None = b""
     with trio.move_on_after(gate.bounds.head):
-        while not hello.done:
-            if not first:
-                first = bytes(await served.stream.receive_some(64 << 10))
-                if not first:
-                    return "closed"
-            held += first
-            hello.feed(first)
-            first = b""
-    problem = _mismatch(hello, connection)
-    if problem:
-        await gate.refuse(wanted, "connect", connection.rule, problem)
+        while held == b"":
+            data = first or bytes(await served.stream.receive_some(64 << 10))
+            if not data:
+                return "closed"
+            first, held = b"", await word.check(data)
+    if held == b"":
+        await word.refuse("the tunnel's first message did not arrive in time")
+    if not held:
         return "refused"
-    await connection.stream.send_all(bytes(held))
+    await connection.stream.send_all(held)
     connection.sent += len(held)
     return await pump(served.stream, connection, gate.bounds)
 
@@ -137,6 +134,7 @@ class _FirstWord:
         self._hello, self._held = ClientHello(), bytearray()
 
     async def check(self, data: bytes) -> bytes | None:
+        """What may go on of all that came so far: nothing yet, or None where it was refused."""
         if self._hello.done:
             return data
         self._held += data
@@ -144,17 +142,18 @@ class _FirstWord:
             return b""
         problem = _mismatch(self._hello, self._connection)
         if problem:
-            wanted, rule = self._connection.destination, self._connection.rule
-            await self._gate.refuse(wanted, "connect", rule, problem)
+            await self.refuse(problem)
             return None
         held, self._held = bytes(self._held), bytearray()
         return held
 
+    async def refuse(self, problem: str) -> None:
+        connection = self._connection
+        await self._gate.refuse(connection.destination, "connect", connection.rule, problem)
+
 
 def _mismatch(hello: ClientHello, connection: Connection) -> str:
     wanted = connection.destination
-    if not hello.done:
-        return "the tunnel's first message did not arrive in time"
     if not hello.is_tls:
         if connection.methods:
             return "a rule names methods, and a tunnel without TLS would get around it"
