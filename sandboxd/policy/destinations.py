@@ -19,7 +19,7 @@ import attrs
 
 from sandboxd.errors import Invalid
 from sandboxd.names import shown
-from sandboxd.policy.values import Wrong, found, text
+from sandboxd.policy.values import Wrong, checked_text, found, text
 
 __all__ = [
     "ANY_HOST",
@@ -359,22 +359,12 @@ def _range(words: str) -> AddressRange:
     return AddressRange(str(network(words)))
 
 
-def _checked(check: Callable[[str], Any]) -> Callable[[Any], Any]:
-    def checked(value: Any) -> Any:
-        try:
-            return check(text(value))
-        except Invalid as refused:
-            raise Wrong(refused.message, refused.hint) from None
-
-    return checked
-
-
 #: How the values of rules are read from a file.
 checks: dict[Any, Callable[[Any], Any]] = {
-    HostPattern: _checked(host_pattern),
-    HostPort: _checked(_host_port),
-    AddressRange: _checked(_range),
-    HostAddress: _checked(lambda words: HostAddress(str(read_address(words)))),
+    HostPattern: checked_text(host_pattern),
+    HostPort: checked_text(_host_port),
+    AddressRange: checked_text(_range),
+    HostAddress: checked_text(lambda words: HostAddress(str(read_address(words)))),
     HttpMethod: _method,
     Port: _port,
 }

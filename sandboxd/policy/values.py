@@ -38,6 +38,7 @@ __all__ = [
     "VariableName",
     "WebAddress",
     "Wrong",
+    "checked_text",
     "checks",
     "choice",
     "found",
@@ -307,8 +308,10 @@ def digest(value: Any) -> Digest:
     return Digest(words)
 
 
-def _named(check: Callable[[str], str]) -> Callable[[Any], str]:
-    def checked(value: Any) -> str:
+def checked_text(check: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """``check`` of a text, whose Invalid becomes Wrong."""
+
+    def checked(value: Any) -> Any:
         try:
             return check(text(value))
         except Invalid as refused:
@@ -331,12 +334,12 @@ checks: dict[Any, Callable[[Any], Any]] = {
     ProgramPath: program_path,
     Glob: glob,
     Digest: digest,
-    RemoteName: _named(names.mcp_tool_name),
-    ServerName: _named(names.server_name),
+    RemoteName: checked_text(names.mcp_tool_name),
+    ServerName: checked_text(names.server_name),
     WebAddress: web_address,
     HostName: host_name,
     ListenAddress: listen_address,
-    Slug: _named(names.agent_slug),
-    ToolName: _named(names.tool_name),
-    VariableName: _named(names.variable_name),
+    Slug: checked_text(names.agent_slug),
+    ToolName: checked_text(names.tool_name),
+    VariableName: checked_text(names.variable_name),
 }
