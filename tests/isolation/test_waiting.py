@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 from isolation_support import Box, children, needs_root, read, status
+from real_daemon import until
 
 from sandboxd.errors import Conflict, KernelError
 from sandboxd.isolation.client import Launcher, Process
@@ -89,7 +90,12 @@ async def test_it_is_confined_as_one_that_was_made_with_its_program(box: Box) ->
             async with box.start("/bin/sh", "-c", script, env=[PATH], limits=limits) as made:
                 await made.ready()
                 inits = (process.pid, made.process.pid)
-                pairs = [inits, tuple(children(init)[0] for init in inits)]
+                programs = (children(inits[0])[0], children(inits[1])[0])
+                for init in inits:  # sigwaitinfo(2) takes what it waits for out of the mask
+                    until(lambda pid=init: int(status(pid, "SigBlk")[0], 16) == 0)
+                for program in programs:  # the shell before it catches signals
+                    until(lambda pid=program: read(f"/proc/{pid}/comm") == "sleep\n")
+                pairs = [inits, programs]
                 for one, other in pairs:
                     for field in CONFINED:
                         assert status(one, field) == status(other, field), field
