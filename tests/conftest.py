@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import socket
 import subprocess
@@ -27,6 +28,13 @@ _PROPERTIES = settings(
 settings.register_profile("sandboxd", _PROPERTIES, derandomize=True)
 settings.register_profile("explore", _PROPERTIES, max_examples=1000)
 settings.load_profile("sandboxd")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once: tests start it hundreds of times, some as users who can't write."""
+    if not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(__file__).parents[1] / "sandboxd", quiet=2)
+
 
 #: Whom a launcher of mode "user" runs as when root runs the tests.
 ORDINARY_UID = 64123

@@ -27,7 +27,7 @@ LACKING: dict[str, set[str]] = {
         "whole sandbox: no limit of disk traffic",
     },
 }
-_SECONDS = 900
+_SECONDS = 1800
 #: How an ordinary user gets cgroups: docs/systemd.md.
 _DELEGATED = (
     "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemd-run -q --user --scope -p Delegate=yes "
@@ -51,7 +51,7 @@ from sandboxd.main import main
 sys.exit(main())
 '''
 stage.daemon_program = lambda: [sys.executable, "-c", DAEMON]
-words = argparse.Namespace(json=True, verbose=False, threat=["shared"], patience=5.0)
+words = argparse.Namespace(json=True, verbose=False, threat=["shared"], patience=15.0)
 sys.exit(selftest.main(words))
 """
 
@@ -75,7 +75,7 @@ class Shows:
 
 @pytest.fixture(scope="module")
 def shows(machine: Machine) -> Shows:
-    selftests = {mode: begin(machine, mode, "sandboxctl", "selftest", "--json", "--patience", "8")
+    selftests = {mode: begin(machine, mode, "sandboxctl", "selftest", "--json", "--patience", "15")
                  for mode in MODES}  # fmt: skip
     ended = {mode: begun.end() for mode, begun in selftests.items()}
     demos = {mode: begin(machine, mode, "sandboxctl", "demo", "--json") for mode in MODES}
