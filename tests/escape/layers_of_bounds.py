@@ -89,7 +89,11 @@ BOUNDS: tuple[Layer, ...] = (
     Layer(
         "session keyring of its own",
         "session-keyring(7)",
-        one("sandbox.py", "    kernel.join_new_keyring()\n"),
+        (
+            *one("sandbox.py", "    kernel.join_new_keyring()\n"),
+            # Where it is shared, the first call's template would empty it before a probe looks.
+            *one("template.py", " or (self.keyrings and not spawn.clear_keyrings())"),
+        ),
         ("shared",),
         behind=("seccomp",),
     ),
