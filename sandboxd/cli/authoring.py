@@ -165,7 +165,7 @@ def _add_run(nouns: Commands) -> None:
     parser.add_argument("--agent", metavar="AGENT", help="whose variables and policy")
     parser.add_argument("--session", metavar="ID", help="a live session to call it in")
     _add_arguments(parser)
-    parser.lookups["tool"] = "tools"
+    parser.lookups.update(tool="tools", session="sessions")
 
 
 def run(args: argparse.Namespace) -> int:

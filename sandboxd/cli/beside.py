@@ -45,7 +45,7 @@ def add(nouns: Commands) -> None:
     )
     parser.set_defaults(failed_status=FAILED)
     parser.add_argument("id", metavar="SESSION", help="the session's id")
-    parser.lookups["id"] = "sessions"
+    parser.lookups.update(id="sessions", cwd="")  # a directory in there, which we can't see
     parser.add_argument(
         "--cwd", metavar="DIR", default="", help="where it runs, seen from where the agent began"
     )

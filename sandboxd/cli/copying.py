@@ -51,6 +51,7 @@ def add(nouns: Commands) -> None:
     parser.add_argument(
         "target", metavar="TARGET", help="a path here, - for stdout, or SESSION:PATH"
     )
+    parser.lookups.update(source="places", target="places")
     parser.add_argument(
         "-r", "--recursive", action="store_true", help="a directory, with all of it"
     )

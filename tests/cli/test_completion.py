@@ -17,6 +17,9 @@ from conftest import Terminal
 if TYPE_CHECKING:
     from conftest import Ctl
 
+#: A file that an agent might leave in its workspace for whoever completes names there.
+HOSTILE = "local.$(touch${IFS}executed)"
+
 #: A command line up to the cursor, some of what must be offered, some of what must not.
 CASES = [
     ("sandboxctl ", {"status", "session", "env", "completion"}, {"__complete", "--json"}),
@@ -38,6 +41,34 @@ CASES = [
     ("sandboxctl tokens create --a", {"--agent"}, {"--now"}),
     ("sandboxctl completion ", {"bash", "zsh", "fish"}, set()),
     ("sandboxctl run sh -- o", set(), {"other"}),
+    # Values of options.
+    ("sandboxctl keys create --role ", {"owner", "operator", "viewer"}, {"local.key", "sh"}),
+    ("sandboxctl keys create --role op", {"operator"}, {"owner"}),
+    ("sandboxctl dashboard --role ", {"owner", "viewer"}, {"developer"}),
+    ("sandboxctl keys create --agent o", {"other"}, {"sh"}),
+    ("sandboxctl keys create --label lo", set(), {"local.key", "local.d"}),
+    ("sandboxctl run --lifetime lo", set(), {"local.key", "local.d"}),
+    ("sandboxctl tools run shell --agent o", {"other"}, {"sh"}),
+    ("sandboxctl --key-file lo", {"local.key", "local.d", HOSTILE}, set()),
+    ("sandboxctl status --ca lo", {"local.key"}, set()),
+    ("sandboxctl tools test shell --env-file lo", {"local.key"}, set()),
+    ("sandboxctl status --config lo", {"local.d"}, {"local.key"}),
+    ("sandboxctl config check lo", {"local.d"}, {"local.key"}),
+    ("sandboxctl config schema ", {"sandboxd", "agent", "tool", "policy"}, set()),
+    ("sandboxctl session exec --cwd lo", set(), {"local.d", "local.key"}),
+    ("sandboxctl run --server unix:/lo", set(), {"local.d", "other"}),
+    # SESSION:PATH or a file.
+    ("sandboxctl session cp lo", {"local.key", "local.d", HOSTILE}, {"SESSION:"}),
+    ("sandboxctl session cp notes s-", {"SESSION:"}, {"local.key"}),
+    ("sandboxctl session cp -r ", {"SESSION:", "local.d", "local.key"}, set()),
+    ("sandboxctl session cp SESSION:lo", set(), {"local.key", "local.d"}),
+    ("sandboxctl session cp SESSION:notes lo", {"local.key"}, set()),
+]
+#: The same for values glued to their option: shells differ in whether they repeat the option.
+GLUED = [
+    ("sandboxctl keys create --role=op", "operator", "owner"),
+    ("sandboxctl --key-file=local.k", "local.key", "local.d"),
+    ("sandboxctl keys create --agent=o", "other", "sh"),
 ]
 
 
@@ -68,7 +99,8 @@ def said_by(environ: dict[str, str], *command: str) -> str:
 def bash(environ: dict[str, str], script: Path, lines: list[str]) -> list[set[str]]:
     code = f"source {script}\n"
     for line in lines:
-        words = line.split(" ")
+        # As bash cuts it: at spaces, and around characters of COMP_WORDBREAKS.
+        words = [part for word in line.split(" ") for part in re.findall(r"[:=]+|[^:=]+|^$", word)]
         code += (
             f"COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}\n"
             '__sandboxctl; echo "${COMPREPLY[*]}"\n'
@@ -90,8 +122,8 @@ def zsh(environ: dict[str, str], script: Path, lines: list[str]) -> list[set[str
     screen = Terminal(["zsh", "-f", "-i"], {**environ, "TERM": "dumb"}, 60, 200)
     for n, command in enumerate(
         (
-            "PS1= RPS1=; unsetopt prompt_cr prompt_sp; setopt interactivecomments",
-            "autoload -Uz compinit && compinit -D -u",
+            "PS1= RPS1=; unsetopt prompt_cr prompt_sp list_ambiguous; setopt interactivecomments",
+            "cd; autoload -Uz compinit && compinit -D -u",
             f"source {script}",
         )
     ):
@@ -104,7 +136,7 @@ def zsh(environ: dict[str, str], script: Path, lines: list[str]) -> list[set[str
         # The line becomes an argument of ":", so that it is not run.
         screen.send(f" #\x01: \x05\necho done$(({n} + 1000))\n")
         screen.expect(f"done{n + 1000}\r\n")
-        text = screen.all[before:].decode()
+        text = screen.all[before:].decode().replace("\\", "")  # names are listed as inserted
         found.append(set(re.sub(r"\x1b\[[?0-9]*[a-z]|\x07", " ", text).split()))
     screen.send("exit\n")
     screen.wait()
@@ -128,10 +160,53 @@ def test_a_shell_completes(
         "PATH": f"{programs}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
     }
-    answers = shell(environ, script, [line for line, _, _ in CASES])
-    for (line, offered, not_offered), got in zip(CASES, answers, strict=True):
-        assert offered <= got, line
-        assert not got & not_offered, line
+    (tmp_path / HOSTILE).touch()
+    (tmp_path / "local.key").touch()
+    (tmp_path / "local.d").mkdir()
+    session = with_variables("session", "start", "sh", "--", "-c", "sleep 1000").stdout.strip()
+    lines = [line.replace("SESSION", session) for line, *_ in [*CASES, *GLUED]]
+    answers = shell(environ, script, lines)
+    with_variables("session", "stop", "--grace", "0", session)
+    for (line, offered, not_offered), words in zip(CASES, answers, strict=False):
+        got = {word.replace(session, "SESSION").removesuffix("/") for word in words}
+        assert offered <= got, (line, got)
+        assert not got & not_offered, (line, got)
+    for (line, value, other), words in zip(GLUED, answers[len(CASES) :], strict=True):
+        got = {word.rpartition("=")[2] for word in words}
+        assert value in got, (line, words)
+        assert other not in got, (line, words)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_bash_inserts_a_session_with_its_colon_and_a_file_quoted(
+    with_variables: Ctl, programs: Path, tmp_path: Path
+) -> None:
+    """On a terminal, where readline cuts words at colons and quotes what is inserted."""
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    script = tmp_path / "completion.bash"
+    script.write_text(with_variables("completion", "bash").stdout)
+    (tmp_path / HOSTILE).touch()
+    session = with_variables("session", "start", "sh", "--", "-c", "sleep 1000").stdout.strip()
+    environ = {
+        **with_variables.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "TERM": "dumb",
+        "INPUTRC": "/dev/null",
+    }
+    screen = Terminal(["bash", "--norc", "--noprofile", "-i"], environ, 60, 200)
+    screen.send(f"PS1=; cd; source {script}; echo ready$((10))\n")
+    screen.expect("ready10\r\n")
+    screen.send(f"sandboxctl session cp {session[:-1]}\t")
+    screen.expect(f"cp {session}:")
+    screen.send("\t\x15")
+    screen.send("\x15sandboxctl session cp local.\t")
+    screen.expect("cp local.\\$\\(touch\\$\\{IFS\\}executed\\)")
+    screen.send("\x15exit\n")
+    screen.wait()
+    with_variables("session", "stop", "--grace", "0", session)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_without_a_daemon_names_are_empty_and_quiet(alone: Ctl) -> None:
