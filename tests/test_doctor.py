@@ -26,7 +26,7 @@ ORDER = [
     "kernel", "a sandbox", "user namespaces", "namespaces", "mounts", "/proc", "idmapped mounts",
     "Landlock", "seccomp filters", "openat2", "pidfd", "SO_PEERPIDFD", "clone3", "cgroups",
     "systemd", "key custody", "swap", "Python", "state directory", "runtime directory",
-    "temporary files", "open files",
+    "temporary files", "open files", "keyrings",
 ]  # fmt: skip
 
 RUN = "import sys; from sandboxd import doctor; sys.exit(doctor.run(json=True))"
@@ -282,6 +282,47 @@ def test_a_low_limit_of_open_files_is_told() -> None:
     assert found["open files"]["state"] == "degraded"
     assert found["open files"]["detail"] == "512, can be raised to 1,024"
     assert "LimitNOFILE=" in found["open files"]["fix"]
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("setting", "value", "room", "fix"),
+    [
+        ("maxkeys", 200, 200, "sysctl -w kernel.keys.maxkeys=5000 "),
+        ("maxbytes", 1000, 200, "sysctl -w kernel.keys.maxbytes=25"),
+    ],
+)
+def test_a_quota_of_few_keys_is_a_remark_to_an_ordinary_user(
+    tmp_path: Path, setting: str, value: int, room: int, fix: str
+) -> None:
+    (tmp_path / "limit").write_text(f"{value}\n")
+    cover = f"mount --bind {shlex.quote(str(tmp_path / 'limit'))} /proc/sys/kernel/keys/{setting}"
+    found = examine(user=True, wrap=NEW_MOUNTS, before=cover, HOME="/nonexistent")
+    keyrings = found["keyrings"]
+    assert (keyrings["state"], keyrings["required"]) == ("degraded", False)
+    # Other processes of that user may have keys of their own.
+    told = int(keyrings["detail"].removeprefix("room for ").split()[0])
+    assert 0 < told <= room
+    assert "kernel.keys.maxkeys is " in keyrings["detail"]
+    assert keyrings["costs"].startswith(f"{told} more sandboxes at once")
+    assert fix in keyrings["fix"]
+    assert examine(wrap=NEW_MOUNTS, before=cover)["keyrings"]["state"] == "ok"  # root has another
+
+
+@needs_root
+def test_root_of_a_user_namespace_has_the_quota_of_whom_it_is_outside() -> None:
+    """``unshare --map-root-user``, as rootless containers: uid 0 there, an ordinary one here."""
+    wrap = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+            "unshare", "--user", "--map-root-user")  # fmt: skip
+    code = "from sandboxd.doctor import host; import os; print(os.geteuid(), host._outer_uid())"
+    with public_copy() as project:
+        python = python_for_everybody()
+        done = subprocess.run(
+            [*wrap, python, "-c", code],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(project)},
+            capture_output=True, text=True, check=True, cwd=project,
+        )  # fmt: skip
+    assert done.stdout.split() == ["0", "65534"]
 
 
 def test_a_runtime_directory_too_long_for_a_socket_is_told() -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(sandboxd.__file__).parent
 
 #: Floors from the ground up. A module may import its own floor's folder and what lies below.
 FLOORS = (
-    ("errors", "secret", "names", "paths", "files", "maskable", "visible", "dotenv"),
+    ("errors", "secret", "names", "paths", "files", "maskable", "visible", "dotenv", "durations"),
     ("service",),
     ("isolation",),
     ("privileges",),

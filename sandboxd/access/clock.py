@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 
-from sandboxd.errors import Invalid
-from sandboxd.names import shown
-
-__all__ = ["ForwardClock", "duration"]
-
-_DURATION = re.compile(r"([0-9]{1,12})([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-#: Longest duration that anything takes: a hundred years is for ever, and years stay four digits.
-_MOST = 36500 * 86400
+__all__ = ["ForwardClock"]
 
 
 class ForwardClock:
@@ -40,15 +30,3 @@ class ForwardClock:
 
     def __call__(self) -> float:
         return max(self._wall(), self._base + self._steady() - self._since)
-
-
-def duration(text: str, *, most: float = _MOST) -> float:
-    """``30s``, ``15m``, ``12h``, ``90d`` as seconds, at most ``most``. Raises Invalid."""
-    found = _DURATION.fullmatch(text)
-    seconds = int(found[1]) * _SECONDS[found[2]] if found else 0
-    if not found or not seconds:
-        raise Invalid(
-            f"{shown(text, 24)} is not a duration",
-            hint="use a number above 0 and s, m, h or d: 30s, 15m, 12h, 90d",
-        )
-    return float(min(seconds, most))

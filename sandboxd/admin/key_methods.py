@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sandboxd.access.clock import duration
 from sandboxd.access.keys import ApiKey
 from sandboxd.access.roles import Principal
 from sandboxd.access.tokens import LONGEST_LIFETIME
 from sandboxd.admin.params import iso, param, strings
 from sandboxd.admin.server import Caller, Method, Reply
+from sandboxd.durations import duration
 from sandboxd.errors import Denied, Invalid
 from sandboxd.policy import DEFAULT_TEAM
 from sandboxd.running import Daemon
@@ -69,8 +69,7 @@ class KeyMethods:
 
     async def rotate(self, caller: Caller, params: dict[str, Any]) -> Reply:
         access, old = self._daemon.access, self._key(caller.principal, params)
-        given = params.get("overlap")
-        overlap = 0.0 if given in ("0", "0s") else _seconds(params, "overlap")
+        overlap = _seconds(params, "overlap", zero=True)
         key, secret, sessions = await access.rotate(
             old.id,
             overlap=_OVERLAP if overlap is None else overlap,
@@ -160,11 +159,13 @@ def _team(params: dict[str, Any]) -> str:
     return param(params, "team", str) if params.get("team") is not None else str(DEFAULT_TEAM)
 
 
-def _seconds(params: dict[str, Any], name: str, most: float | None = None) -> float | None:
-    """A duration as text: 30s, 15m, 12h, 90d."""
+def _seconds(
+    params: dict[str, Any], name: str, most: float | None = None, *, zero: bool = False
+) -> float | None:
+    """A duration as text: 30s, 15m, 12h, 90d; a number alone is seconds."""
     given = params.get(name)
     if given is None:
         return None
     if not isinstance(given, str):
         raise Invalid(f"parameter {name} is a duration: 30s, 15m, 12h, 90d")
-    return duration(given) if most is None else duration(given, most=most)
+    return duration(given, zero=zero) if most is None else duration(given, most=most, zero=zero)

@@ -11,6 +11,7 @@ from sandboxd.cli import output
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, command
 from sandboxd.cli.run import FAILED, could_not_execute
+from sandboxd.durations import duration
 from sandboxd.errors import Invalid, KernelError
 
 __all__ = ["add"]
@@ -56,7 +57,7 @@ def add(nouns: Commands) -> None:
         help="a plain variable for it (nothing secret: others see command lines)",
     )
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=float, help="end it after so long (default 60)"
+        "--timeout", metavar="TIME", help="end it after so long: 90, 90s, 15m (default 60s)"
     )
     parser.add_argument(
         "-i", "--stdin", action="store_true", help="pass standard input to it, 4 MiB at most"
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     params: dict[str, Any] = {"id": args.id, "argv": args.rest, "cwd": args.cwd}
     params["environment"] = dict(map(_pair, args.env))
     if args.timeout is not None:
-        params["timeout"] = args.timeout
+        params["timeout"] = duration(args.timeout, name="--timeout")
     if args.stdin:
         data = sys.stdin.buffer.read(_MOST_STDIN + 1)
         if len(data) > _MOST_STDIN:

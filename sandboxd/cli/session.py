@@ -12,6 +12,7 @@ from typing import Any
 from sandboxd.cli import beside, changes, copying, output, sessions
 from sandboxd.cli.daemon import connect
 from sandboxd.cli.parser import Commands, Parser, command, group
+from sandboxd.durations import duration
 from sandboxd.errors import Invalid
 
 __all__ = ["add"]
@@ -75,7 +76,9 @@ def add(commands: Commands, name: str, line: str) -> None:
     parser.add_argument("id", metavar="SESSION", nargs="+", help="the session's id")
     parser.lookups["id"] = "sessions"
     parser.add_argument(
-        "--grace", metavar="SECONDS", type=float, help="how long to wait before killing (default 5)"
+        "--grace",
+        metavar="TIME",
+        help="how long to wait before killing: 0, 30s, 5m; an hour at most (default 5s)",
     )
     parser = _with_session(
         command(
@@ -181,9 +184,11 @@ def show(args: argparse.Namespace) -> int:
 
 
 def stop(args: argparse.Namespace) -> int:
-    if args.grace is not None and not 0 <= args.grace <= 3600:
-        raise Invalid("--grace takes seconds, from 0 to 3600")
-    grace = {} if args.grace is None else {"grace": args.grace}
+    grace = {}
+    if args.grace is not None:
+        grace["grace"] = duration(args.grace, zero=True, name="--grace")
+        if grace["grace"] > 3600:
+            raise Invalid("--grace takes an hour at most")
     with connect(args) as daemon:
         for id in args.id:
             got = daemon.call("session.stop", id=id, **grace)

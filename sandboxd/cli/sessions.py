@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Any
 
 from sandboxd.cli.parser import Parser
+from sandboxd.durations import duration
 from sandboxd.errors import Invalid
 
 __all__ = ["add_options", "options"]
-
-_LIFETIME = re.compile(r"([0-9]{1,9})(s|m|h|d)?")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def add_options(parser: Parser) -> None:
@@ -33,15 +30,12 @@ def add_options(parser: Parser) -> None:
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    """The parameters that they become. Raises Invalid, which repeats no value."""
+    """The parameters that they become. Raises Invalid, which repeats no value of a variable."""
     found: dict[str, Any] = {}
     if args.env:
         found["environment"] = _environment(args.env)
     if args.lifetime is not None:
-        match = _LIFETIME.fullmatch(args.lifetime)
-        if match is None:
-            raise Invalid("--lifetime takes a time such as 90s, 15m, 8h or 2d")
-        found["lifetime"] = int(match[1]) * _SECONDS[match[2] or "s"]
+        found["lifetime"] = duration(args.lifetime, name="--lifetime")
     return found
 
 

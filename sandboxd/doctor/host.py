@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sandboxd.doctor.check import Check, existing, filesystem, lines, output, read
+from sandboxd.doctor.check import Check, existing, filesystem, lines, output, read, sysctl
 from sandboxd.errors import SandboxdError
 from sandboxd.paths import Paths
 
@@ -26,6 +27,7 @@ def checks(paths: Paths) -> Iterator[Check]:
     yield _runtime_directory(paths)
     yield _temporary_directory()
     yield _open_files()
+    yield _keyrings()
 
 
 def _systemd() -> Check:
@@ -151,6 +153,63 @@ def _open_files() -> Check:
         "raise the hard limit: LimitNOFILE=65536 in the unit, or nofile in "
         "/etc/security/limits.conf",
     )
+
+
+#: What a session keyring takes of the quota of bytes: its description "_ses" and a NUL.
+_RING_BYTES = 5
+#: Sandboxes at once that nobody need think about: those of 64 sessions (`max_sessions` unless set)
+#: and of their calls are far fewer.
+_MANY = 1000
+
+
+def _keyrings() -> Check:
+    """How many sandboxes the user's quota of keys leaves room for (keyrings(7)).
+
+    Each has a session keyring, which the kernel charges to the user that the launcher runs as.
+    """
+    name = "keyrings"
+    prefix = "root_" if _outer_uid() == 0 else ""
+    settings = [sysctl(f"kernel/keys/{prefix}{which}") for which in ("maxkeys", "maxbytes")]
+    if not all(setting.isdecimal() for setting in settings):
+        return Check(name, "ok", "this kernel has none")
+    keys, size = map(int, settings)
+    used, used_bytes = _keys_used()
+    by_keys, by_bytes = keys - used, (size - used_bytes) // _RING_BYTES
+    room = max(0, min(by_keys, by_bytes))
+    detail = f"room for {room:,} more (kernel.keys.{prefix}maxkeys is {keys:,}; {used:,} in use)"
+    if room >= _MANY:
+        return Check(name, "ok", detail)
+    raised = []
+    if by_keys < _MANY:
+        raised.append(f"kernel.keys.{prefix}maxkeys={5000 + used // _MANY * _MANY}")
+    if by_bytes < _MANY:
+        raised.append(f"kernel.keys.{prefix}maxbytes={25000 + used_bytes}")
+    return Check(
+        name,
+        "degraded",
+        detail,
+        f"{room:,} more sandboxes at once, for each has a session keyring; then none starts",
+        f"sysctl -w {' '.join(raised)}   # keep it: /etc/sysctl.d/60-sandboxd.conf",
+    )
+
+
+def _outer_uid() -> int:
+    """This process's uid outside its user namespace: root of one has no quota of root's."""
+    own = os.geteuid()
+    for line in lines("/proc/self/uid_map"):
+        inside, outside, count = map(int, line.split())
+        if inside <= own < inside + count:
+            return outside + own - inside
+    return own
+
+
+def _keys_used() -> tuple[int, int]:
+    """Keys and bytes that this user's quota has been charged with (/proc/key-users, proc(5))."""
+    for line in lines("/proc/key-users"):
+        uid, _, _, keys, size = line.split()
+        if uid == f"{os.geteuid()}:":
+            return int(keys.split("/")[0]), int(size.split("/")[0])
+    return 0, 0
 
 
 def _limit(value: int) -> str:

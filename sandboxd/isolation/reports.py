@@ -87,6 +87,11 @@ def _hint(call: str, code: int, path: str) -> str:
         return "give the workspace to an ordinary user: chown USER DIR"
     if call == "setxattr" or path.startswith("overlay"):
         return "a copy-on-write workspace can't be had here; see docs/configuration.md, workspace"
+    if call == "keyctl" and code == errno.EDQUOT:
+        return (
+            "the daemon's user has no room for another session keyring, of which each sandbox has "
+            "one: sysctl -w kernel.keys.maxkeys=5000, or stop sessions; see: sandboxctl doctor"
+        )
     if call in ("unshare", "write", "setns", "fsmount"):
         return "this host withholds what a sandbox needs; see: sandboxctl doctor"
     return ""

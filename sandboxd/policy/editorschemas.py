@@ -19,6 +19,7 @@ from typing import Any
 
 import attrs
 
+from sandboxd.durations import WITH_UNIT
 from sandboxd.policy import destinations, values
 from sandboxd.policy.mcpserver import McpServer
 from sandboxd.policy.model import Agent, Concurrency, Condition, SecretSpec, Settings, Stdin, Tool
@@ -253,7 +254,7 @@ _SPECIAL: dict[Any, Callable[[_Maker], Schema]] = {
     values.Processors: _plain(type="number", exclusiveMinimum=0),
     values.Line: _text(minLength=1),
     values.Size: _number_or_text(r"[0-9]{1,12}[KMGT]?(?:i?B)?"),
-    values.Duration: _number_or_text(r"[0-9]{1,9}(?:\.[0-9]{1,3})?(?:ms|s|m|h|d)"),
+    values.Duration: _number_or_text(WITH_UNIT),
     values.AbsolutePath: _text("/.*"),
     values.ProgramPath: _text(minLength=1),
     values.Glob: _text(r"[a-z0-9*][A-Za-z0-9_*-]*", maxLength=100),

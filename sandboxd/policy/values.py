@@ -16,6 +16,7 @@ from typing import Any, NewType
 from urllib.parse import urlsplit
 
 from sandboxd import names
+from sandboxd.durations import seconds_in
 from sandboxd.errors import Invalid
 
 __all__ = [
@@ -71,8 +72,6 @@ MIN_PROCESSORS, MAX_PROCESSORS = 0.01, 4096.0
 
 _SIZE = re.compile(r"([0-9]{1,12})([KMGT])?(?:i?B)?")
 _SIZE_UNITS = {None: 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)")
-_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _GLOB = re.compile(r"[a-z0-9*][A-Za-z0-9_*-]*")
 _HOST = re.compile(r"(?=.{1,253}$)(?:(?!-)[a-z0-9_-]{1,63}(?<!-)\.)*(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -194,10 +193,10 @@ def duration(value: Any) -> Duration:
     if isinstance(value, int) and not isinstance(value, bool):
         seconds = float(min(value, 1 << 53))
     else:
-        match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
+        given = seconds_in(value, bare=False) if isinstance(value, str) else None
+        if given is None:
             raise Wrong(f"expected a duration, found {found(value)}", "write 500ms, 30s, 5m or 2h")
-        seconds = float(match[1]) * _DURATION_UNITS[match[2]]
+        seconds = given
     if not 0 < seconds <= MAX_DURATION:
         raise Wrong(f"expected a duration over zero and at most 366d, found {found(value)}")
     return Duration(seconds)

@@ -1,11 +1,10 @@
-"""Expiry goes by a clock that never goes back, and durations are written in one way."""
+"""Expiry goes by a clock that never goes back."""
 
 from __future__ import annotations
 
 import pytest
 
-from sandboxd.access.clock import ForwardClock, duration
-from sandboxd.errors import Invalid
+from sandboxd.access.clock import ForwardClock
 
 
 class Times:
@@ -62,26 +61,3 @@ def test_a_clock_set_back_between_two_starts_is_told_and_not_followed(times: Tim
     times.pass_(10)
     assert now() == 1_000_510.0
     assert clock(times, floor=900_000.0).behind == 0.0
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("1s", 1), ("90s", 90), ("15m", 900), ("1h", 3600), ("24h", 86400), ("90d", 7_776_000)],
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert duration(text) == seconds
-
-
-def test_a_long_duration_is_cut_to_the_longest() -> None:
-    assert duration("48h", most=86400) == 86400
-    assert duration("999999999999d") < 1e10
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "1", "h", "1w", "1H", "-1h", "1.5h", " 1h", "1h ", "1h\n", "0s", "00m", "\u0661h", "1e3s"],
-)
-def test_anything_else_is_no_duration(text: str) -> None:
-    with pytest.raises(Invalid, match="is not a duration") as caught:
-        duration(text)
-    assert "30s, 15m, 12h, 90d" in caught.value.hint

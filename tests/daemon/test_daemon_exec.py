@@ -182,7 +182,12 @@ def test_sandboxctl_exits_as_the_program_does(served: RealDaemon, session: str) 
     done = ctl("-i", "--env", "A=b=c", session, "--", "sh", "-c", 'echo "$A"; cat', input="in\n")
     assert (done.returncode, done.stdout) == (0, "b=c\nin\n")
     assert ctl(session, "--", "sh", "-c", "kill -9 $$").returncode == 128 + 9
-    assert ctl("--timeout", "0.3", session, "--", "sleep", "60").returncode == 124
+    for given in ("0.3", "300ms"):
+        assert ctl("--timeout", given, session, "--", "sleep", "60").returncode == 124
+    assert ctl("--timeout", "1m", session, "--", "true").returncode == 0
+    done = ctl("--timeout", "soon", session, "--", "true")
+    assert done.returncode == 125
+    assert "--timeout: 'soon' is not a duration" in done.stderr
     done = ctl(session, "--", "absent-program")
     assert done.returncode == 127
     assert "absent-program" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import resource
 import secrets
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from isolation_support import Box, children, needs_root, read, status
+from isolation_support import Box, changed_launcher, children, needs_root, read, status
 
 from sandboxd.errors import Invalid, KernelError, SandboxdError, Unavailable
 from sandboxd.isolation.client import Launcher, open_launcher
@@ -157,6 +158,45 @@ async def test_a_launcher_that_never_got_its_namespaces_says_which_call() -> Non
             pytest.fail("there is no launcher")
     assert (refusal.value.syscall, refusal.value.errno) == ("unshare", 1)
     assert "doctor" in refusal.value.hint
+
+
+#: Be an ordinary user that other tests aren't, and use up the quota of keys (keyrings(7)): a full
+#: last key is what leaves no room for the five bytes of one more keyring.
+_WITHOUT_QUOTA = """
+import ctypes, os
+uid = 1_890_000_000 + os.getpid()
+os.setgroups([])
+os.setresgid(uid, uid, uid)
+os.setresuid(uid, uid, uid)
+kernel.join_new_keyring()
+libc = ctypes.CDLL(None, use_errno=True)
+add = {"x86_64": 248}.get(os.uname().machine, 217)
+def key(name, size):
+    ring = ctypes.c_int(-3)  # KEY_SPEC_SESSION_KEYRING
+    if libc.syscall(add, b"user", name, bytes(size), ctypes.c_size_t(size), ring) >= 0:
+        return True
+    assert ctypes.get_errno() == 122, ctypes.get_errno()  # EDQUOT
+    return False
+if FILL:
+    number, size = 0, 1
+    assert key(b"pad", size)
+    while key(b"%d" % number, 16000):
+        number += 1
+    for step in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
+        while key(b"pad", size + step):
+            size += step
+"""
+
+
+@needs_root
+async def test_no_room_for_a_session_keyring_is_told_with_its_setting() -> None:
+    async with changed_launcher(_WITHOUT_QUOTA.replace("FILL", "False")) as box:
+        assert (await box.sh("exit 7")).exit.code == 7
+    async with changed_launcher(_WITHOUT_QUOTA.replace("FILL", "True")) as box:
+        with pytest.raises(KernelError) as refusal:
+            await box.sh("exit 7")
+    assert (refusal.value.syscall, refusal.value.errno) == ("keyctl", errno.EDQUOT)
+    assert "sysctl -w kernel.keys.maxkeys=5000" in refusal.value.hint
 
 
 # ---- what it holds
