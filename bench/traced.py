@@ -48,7 +48,6 @@ HOOKS = (
     ("note the use", "sandboxd.broker.calls:Calls._touch"),
     ("session", "sandboxd.sessions.manager:Manager.start"),
     ("snapshot", "sandboxd.vault.vault:TeamVault.snapshot"),
-    ("serve its socket", "sandboxd.broker.socket:_listener"),
     ("keep its record", "sandboxd.vault.vault:Vault.put_session"),
     ("encode", "sandboxd.broker.mcp:_encode"),
     ("write", "sandboxd.broker.mcp:_Connection._write_now"),

@@ -321,11 +321,13 @@ class Running:
 
     async def _listen(self, stderr: trio.lowlevel.FdStream, heard: trio.Event) -> None:
         """Standard error, of which only the end is kept."""
-        async with stderr:
-            while data := await stderr.receive_some(65536):
-                self._stderr += data
-                del self._stderr[:-_LAST_WORDS]
-        heard.set()
+        try:
+            async with stderr:
+                while data := await stderr.receive_some(65536):
+                    self._stderr += data
+                    del self._stderr[:-_LAST_WORDS]
+        finally:  # cancelled as well: whoever ends the server waits for this
+            heard.set()
 
     async def _end(self, process: Process) -> bool:
         """Kill what is left of the tree and record its end, cancelled or not."""

@@ -11,6 +11,8 @@ import pytest
 import trio
 from mcp_support import Servers, text_of, until
 
+from sandboxd.broker import serverrun
+
 TOKEN = "hunter2-is-the-value"
 SECRET = {"secrets": ["TOKEN"]}
 
@@ -37,6 +39,16 @@ async def test_a_tool_of_a_server_lives_the_life_of_any_call(servers: Servers) -
     assert decided["seq"] < started["seq"] < launched["seq"] < stopped["seq"] < ended["seq"]
     assert (ended["outcome"], stopped["reason"]) == ("ok", "its call is over")
     assert servers.broker.calls.servers.live() == []
+
+
+async def test_a_server_that_ends_with_its_call_is_waited_for_no_longer_than_it_takes(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serverrun, "_DRAIN", 30.0)  # for last words, which are there at once
+    with trio.fail_after(25):
+        await accepted(servers)
+        result = await servers.call("echo", {"word": "yes"})
+    assert result.outcome == "ok", result
 
 
 async def test_arguments_are_checked_against_the_accepted_schema(servers: Servers) -> None:
