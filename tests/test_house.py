@@ -13,6 +13,7 @@ import pytest
 import sandboxd
 
 PACKAGE = Path(sandboxd.__file__).parent
+TESTS = Path(__file__).parent
 
 #: Floors from the ground up. A module may import its own floor's folder and what lies below.
 FLOORS = (
@@ -155,6 +156,36 @@ def test_the_launcher_loads_the_standard_library_and_its_own_room_only() -> None
 
 
 def test_every_file_of_tests_has_a_name_of_its_own() -> None:
-    """Two of one name in different folders can't be collected together."""
-    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    """Two of one name in different folders can't be collected or imported together."""
+    names = [path.name for path in TESTS.rglob("*.py") if path.name != "conftest.py"]
     assert [name for name in set(names) if names.count(name) > 1] == []
+
+
+def test_nothing_imports_a_conftest() -> None:
+    """Each folder has one, so it depends on the command line which of them that would be."""
+    found = {
+        f"{path.relative_to(TESTS)}:{line}"
+        for path in TESTS.rglob("*.py")
+        for line in imports_of_conftest(path.read_text())
+    }
+    assert not found, f"move what they share to a module with a name of its own: {sorted(found)}"
+
+
+def imports_of_conftest(source: str) -> list[int]:
+    """Lines of imports of it, those for type checkers alone included."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        if any("conftest" in name.split(".") for name in names):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_the_check_sees_an_import_of_a_conftest() -> None:
+    source = (
+        "from conftest import Ctl\nimport os, conftest\nfrom tests.cli.conftest import Ctl\n"
+        "def later():\n    from . import conftest\nfrom cli_support import conftests\n"
+    )
+    assert sorted(imports_of_conftest(source)) == [1, 2, 3, 5]

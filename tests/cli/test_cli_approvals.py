@@ -13,7 +13,7 @@ import pytest
 from sandboxd.cli import desk
 
 if TYPE_CHECKING:
-    from conftest import Ctl, Terminal
+    from cli_support import Ctl, Terminal
 
 HIDDEN = "echo safe\u202e; rm -rf /\x1b[2J"
 

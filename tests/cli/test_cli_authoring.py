@@ -12,7 +12,7 @@ from sandboxd.paths import shipped
 from sandboxd.policy import load_config
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 MANIFEST = """\
 version: 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 AGENT = """
 rm -rf /workspace/* && mkdir -p tree/empty && echo one > tree/one && printf '\\0' > tree/bytes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 SECRET = "hunter2-" + "f3a9c1"
 

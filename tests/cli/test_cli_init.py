@@ -17,7 +17,7 @@ from sandboxd.policy import Config, decide, load_config
 from sandboxd.vault.custody import KeySource, load_master_key
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 
 def load(directory: Path) -> Config:

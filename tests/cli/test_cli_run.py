@@ -16,7 +16,7 @@ CTL = [sys.executable, "-m", "sandboxd.cli"]
 YES = ["run", "sh", "--", "-c", "yes"]
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 
 def test_output_errors_and_status_come_through_apart(daemon: Ctl) -> None:

@@ -18,7 +18,7 @@ from sandboxd.cli.parser import EXIT_STATUS, build
 from sandboxd.errors import SandboxdError
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 PROJECT = Path(__file__).parents[2]
 TREE = list(nodes(build()))

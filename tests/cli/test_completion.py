@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Terminal
+from cli_support import Terminal
 
 if TYPE_CHECKING:
-    from conftest import Ctl
+    from cli_support import Ctl
 
 #: A file that an agent might leave in its workspace for whoever completes names there.
 HOSTILE = "local.$(touch${IFS}executed)"
