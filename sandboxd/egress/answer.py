@@ -10,7 +10,6 @@ import httpcore2
 from sandboxd.egress.forward import passed_on
 from sandboxd.egress.search import search
 from sandboxd.egress.wire import Client, Refused
-from sandboxd.redact.matcher import Matcher
 from sandboxd.redact.stream import Redactor
 from sandboxd.secret import Secret
 
@@ -37,8 +36,7 @@ async def send_back(
         raise Refused(502, "the upstream's answer is compressed, and can't be searched")
     dropped = _NOT_BACK - {b"set-cookie"} if cookies else _NOT_BACK
     headers = passed_on([(n.lower(), v) for n, v in response.headers])
-    matcher = Matcher(values)
-    kept = [(n, _without(v, values, matcher)) for n, v in headers if n not in dropped]
+    kept = [(n, _without(v, values, redactor)) for n, v in headers if n not in dropped]
     bodiless = response.status in (204, 304) or response.status < 200
     if not bodiless and not any(name == b"transfer-encoding" for name, _ in kept):
         kept.append((b"transfer-encoding", b"chunked"))
@@ -51,8 +49,8 @@ async def send_back(
     await client.send(h11.EndOfMessage())
 
 
-def _without(value: bytes, secrets: Mapping[str, Secret], matcher: Matcher) -> bytes:
+def _without(value: bytes, secrets: Mapping[str, Secret], body: Redactor) -> bytes:
     for secret in secrets.values():
         value = value.replace(secret.reveal(), b"[redacted]")
-    redactor = Redactor(matcher)  # in other forms, such as that of user name and password
+    redactor = Redactor(body.matcher)  # in other forms, such as that of user name and password
     return redactor.feed(value) + redactor.flush()

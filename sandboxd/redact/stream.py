@@ -37,6 +37,11 @@ class Redactor:
         return f"<Redactor, {self.hits} hits>"
 
     @property
+    def matcher(self) -> Matcher:
+        """What it searches by, for another stream with the same values."""
+        return self._matcher
+
+    @property
     def counts(self) -> Counter[str]:
         return self._lane.counts
 
