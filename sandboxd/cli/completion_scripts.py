@@ -8,6 +8,15 @@ from __future__ import annotations
 
 __all__ = ["BASH", "FISH", "ZSH"]
 
+#: bash and zsh read this alike.
+_KIND = r"""# Finds the kind of the value that option $1 takes; false if it takes none.
+__sandboxctl_kind() {
+    local all=";$valued;@SHARED_KINDS@;"
+    [[ $all == *";$1 "* ]] || return
+    kind=${all#*";$1 "}
+    kind=${kind%%;*}
+}"""
+
 BASH = r"""# bash completion of sandboxctl; made by: sandboxctl completion bash
 __sandboxctl_lookup() {
     case $1 in
@@ -24,13 +33,7 @@ __sandboxctl_lookup() {
         *) sandboxctl "${shared[@]}" __complete "$1" "$agent" 2>/dev/null ;;
     esac
 }
-# Finds the kind of the value that option $1 takes; false if it takes none.
-__sandboxctl_kind() {
-    local all=";$valued;@SHARED_KINDS@;"
-    [[ $all == *";$1 "* ]] || return
-    kind=${all#*";$1 "}
-    kind=${kind%%;*}
-}
+@KIND@
 __sandboxctl() {
     local cur=${COMP_WORDS[COMP_CWORD]} path= word agent= n=0 skip= wanted i
     local kind= glued= whole prefix=
@@ -124,7 +127,7 @@ __sandboxctl_node() {
 }
 complete -o filenames -o nosort -F __sandboxctl sandboxctl 2>/dev/null ||
     complete -F __sandboxctl sandboxctl
-"""
+""".replace("@KIND@", _KIND)
 
 ZSH = r"""#compdef sandboxctl
 # zsh completion of sandboxctl; made by: sandboxctl completion zsh
@@ -134,13 +137,7 @@ __sandboxctl_node() {
 @CASES@
     esac
 }
-# Finds the kind of the value that option $1 takes; false if it takes none.
-__sandboxctl_kind() {
-    local all=";$valued;@SHARED_KINDS@;"
-    [[ $all == *";$1 "* ]] || return
-    kind=${all#*";$1 "}
-    kind=${kind%%;*}
-}
+@KIND@
 __sandboxctl_value() {
     case $kind in
         "") ;;
@@ -213,7 +210,7 @@ if [[ $funcstack[1] == _sandboxctl ]]; then
 else
     compdef _sandboxctl sandboxctl
 fi
-"""
+""".replace("@KIND@", _KIND)
 
 FISH = r"""# fish completion of sandboxctl; made by: sandboxctl completion fish
 function __sandboxctl_node
