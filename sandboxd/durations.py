@@ -7,7 +7,7 @@ import re
 from sandboxd.errors import Invalid
 from sandboxd.names import shown
 
-__all__ = ["WITH_UNIT", "duration", "seconds_in"]
+__all__ = ["LONGEST", "WITH_UNIT", "duration", "seconds_in"]
 
 #: A regular expression of it, for schemas that editors read.
 WITH_UNIT = r"[0-9]{1,9}(?:\.[0-9]{1,3})?(?:ms|s|m|h|d)"
@@ -16,7 +16,7 @@ _GRAMMAR = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, None: 1.0}
 
 #: Longest duration that anything takes: a hundred years is for ever, and years stay four digits.
-_MOST = 36500 * 86400
+LONGEST = 36500 * 86400
 
 
 def seconds_in(text: str, *, bare: bool = True) -> float | None:
@@ -30,7 +30,7 @@ def seconds_in(text: str, *, bare: bool = True) -> float | None:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def duration(text: str, *, most: float = _MOST, zero: bool = False, name: str = "") -> float:
+def duration(text: str, *, most: float = LONGEST, zero: bool = False, name: str = "") -> float:
     """Seconds, cut to ``most``; 0 only if ``zero`` may be. Raises Invalid, which begins with
     ``name``, an option's."""
     seconds = seconds_in(text)

@@ -10,7 +10,7 @@ from sandboxd.access.roles import Principal
 from sandboxd.access.tokens import LONGEST_LIFETIME
 from sandboxd.admin.params import iso, param, strings
 from sandboxd.admin.server import Caller, Method, Reply
-from sandboxd.durations import duration
+from sandboxd.durations import LONGEST, duration
 from sandboxd.errors import Denied, Invalid
 from sandboxd.policy import DEFAULT_TEAM
 from sandboxd.running import Daemon
@@ -160,7 +160,7 @@ def _team(params: dict[str, Any]) -> str:
 
 
 def _seconds(
-    params: dict[str, Any], name: str, most: float | None = None, *, zero: bool = False
+    params: dict[str, Any], name: str, most: float = LONGEST, *, zero: bool = False
 ) -> float | None:
     """A duration as text: 30s, 15m, 12h, 90d; a number alone is seconds."""
     given = params.get(name)
@@ -168,4 +168,4 @@ def _seconds(
         return None
     if not isinstance(given, str):
         raise Invalid(f"parameter {name} is a duration: 30s, 15m, 12h, 90d")
-    return duration(given, zero=zero) if most is None else duration(given, most=most, zero=zero)
+    return duration(given, most=most, zero=zero)
